@@ -1,0 +1,47 @@
+# make demo   train, evaluate and export the quick start
+# make test   lint, types, tests with coverage
+# Each sets up .venv by itself; PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.maskft-setup
+PARTS := requirements/demo-parts.txt
+PINS := requirements/constraints.txt
+
+.PHONY: setup demo test test-slow lint bench stage1
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(PARTS) $(PINS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement $(PARTS)
+	touch $@
+
+demo: setup
+	$(BIN)/maskft train recipes/quickstart.yaml --output runs/demo
+	$(BIN)/maskft evaluate runs/demo
+	test -e runs/demo/merged/config.json || $(BIN)/maskft export runs/demo runs/demo/merged
+	@echo "run           runs/demo"
+	@echo "adapter       runs/demo/adapter_model.safetensors"
+	@echo "merged model  runs/demo/merged"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python benchmarks/bench_step.py
+
+stage1: setup
+	$(BIN)/maskft train recipes/stage1-projector.yaml --output runs/stage1

@@ -1,0 +1,59 @@
+"""Export: the mask is multiplied into the weights and the model saved as an ordinary Transformers folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskft.errors import RunError
+
+
+def export_merged(model: Any, processor: Any, out: Path, *, probe: Mapping[str, Any]) -> float:
+    """Merge the active adapter into the base, save model, processor and chat template, and check the result.
+
+    Args:
+        model: a PeftModel with mask adapters; it is merged in place and cannot be unmerged afterwards.
+        processor: saved beside the model.
+        out: new or empty folder; it appears only once it is complete.
+        probe: model inputs to compare logits on.
+
+    Returns:
+        The largest absolute difference of the probe's logits before merging and after reloading from `out`. The
+        masked weight is rounded to the base's dtype in the same way while training and when merging, so 0 is
+        expected on one machine.
+
+    Raises:
+        RunError: `out` exists and is not empty.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    refuse_existing(out)
+    with torch.inference_mode():
+        before = model(**probe).logits.float()
+    staging = out.with_name(f".{out.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        reloaded = AutoModelForImageTextToText.from_pretrained(staging, dtype=merged.dtype).eval()
+        with torch.inference_mode():
+            difference = (reloaded(**probe).logits.float() - before).abs().max().item()
+        if out.exists():
+            out.rmdir()
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return float(difference)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise RunError where `out` would be overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} already exists and is not empty. Give another folder, or remove it.")

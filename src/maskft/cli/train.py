@@ -1,0 +1,42 @@
+"""maskft train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskft.cli.output import notes, print_json, quiet_libraries, result_console
+from maskft.recipe import MaskMethod, Recipe, load_recipe
+
+
+def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool, as_json: bool) -> None:
+    recipe = load_recipe(recipe_path, overrides)
+    quiet_libraries()
+    if dry_run:
+        _dry_run(recipe, output, as_json)
+        return
+    from maskft.training import train
+
+    metrics = train(recipe, output, say=notes.print)
+    trained = metrics["train"]
+    if as_json:
+        print_json({"run": str(output), **metrics})
+    share = trained["trainable_parameters"] / trained["base_parameters"]
+    result = "adapter_model.safetensors" if isinstance(recipe.method, MaskMethod) else "projector.safetensors"
+    result_console(as_json).print(
+        f"trained {trained['steps']} steps in {trained['seconds']:.0f} s, mean loss {trained['loss']:.3f}; "
+        f"{trained['trainable_parameters']:,} trainable parameters ({100 * share:.1f} % of the base's)\n"
+        f"run      {output}\nadapter  {output / result}\nnext     maskft evaluate {output}"
+    )
+
+
+def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> None:
+    """Print the resolved recipe, training arguments, data and targets; write nothing into the run folder."""
+    from maskft.training import preview
+
+    seen = preview(recipe, output)
+    if as_json:
+        print_json(seen)
+        return
+    console = result_console(as_json)
+    console.print(recipe.to_yaml().rstrip())
+    console.print("\n".join(f"{key}: {value}" for key, value in seen.items() if key != "recipe"))

@@ -1,0 +1,159 @@
+"""Checking all rows before training starts, so that nothing fails hours later."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from maskft.data.collate import IGNORED, Collator
+from maskft.data.images import missing_file, open_image
+from maskft.data.schema import IMAGE_MARKER, require_canonical
+from maskft.errors import DataError, gathered
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a checked dataset holds: rows, image references, rows without image, tokens of the longest row."""
+
+    examples: int
+    images: int
+    text_only: int
+    longest: int | None
+
+
+def check(
+    dataset: Dataset,
+    *,
+    processor: Any = None,
+    max_length: int | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+) -> Summary:
+    """Check every row of a canonical dataset and return what it holds.
+
+    Every distinct image is decoded once. With a processor every row without flaw is also encoded as in training and
+    its tokens are counted, `max_length` being the limit in tokens. `progress` wraps the iteration over rows.
+    Raises one DataError which lists the first ten flaws with their origin and remedy, and counts all.
+    """
+    require_canonical(dataset)
+    if not len(dataset):
+        raise DataError("The data set is empty. Give at least one example.")
+    images = _Images()
+    markers = {IMAGE_MARKER, getattr(processor, "image_token", None) or IMAGE_MARKER}
+    collator = Collator(processor) if processor is not None else None
+    flaws: list[str] = []
+    count = text_only = longest = 0
+    for row in dataset if progress is None else progress(dataset):
+        found = [*_turn_flaws(row), *_count_flaws(row, markers), *images.flaws(row)]
+        if collator is not None and not found:
+            length, problem = _length(row, collator, max_length)
+            longest = max(longest, length)
+            found = [problem] if problem else []
+        flaws.extend(f"{row['origin']}: {flaw}" for flaw in found)
+        count += len(row["images"])
+        text_only += not row["images"]
+    if flaws:
+        raise DataError(f"The data has {len(flaws)} flaw(s) in {len(dataset)} rows:\n{gathered(flaws)}")
+    return Summary(len(dataset), count, text_only, longest if collator is not None else None)
+
+
+def _turn_flaws(row: dict[str, Any]) -> Iterator[str]:
+    messages = row["messages"]
+    if not messages:
+        yield "has no messages. Add a user and an assistant turn, or remove the row."
+        return
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    if not turns:
+        yield "has a system turn only. Add a user and an assistant turn, or remove the row."
+        return
+    for number, message in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if message["role"] != expected:
+            place = "the first turn" if number == 0 else f"turn {number + 1}"
+            yield (
+                f"{place} is by {message['role']}, but {expected} is expected: turns alternate, user first, after at "
+                "most one system turn. Reorder, join or remove turns."
+            )
+            return
+    if turns[-1]["role"] != "assistant":
+        yield "the last turn is not the assistant's, so there is nothing to learn. Add the answer or drop the question."
+    for number, message in enumerate(turns, start=1):
+        kind = "answer" if message["role"] == "assistant" else "question"
+        if not any(part["type"] == "image" or (part["text"] or "").strip() for part in message["content"]):
+            effect = ", all its labels would be masked" if kind == "answer" else ""
+            yield f"turn {number}, the {kind} by {message['role']}, is empty{effect}. Fill it in or remove the row."
+
+
+def _count_flaws(row: dict[str, Any], markers: set[str]) -> Iterator[str]:
+    given, marked = len(row["images"]), 0
+    for message in row["messages"]:
+        for part in message["content"]:
+            if part["type"] == "image":
+                marked += 1
+                if message["role"] != "user":
+                    yield f"an image stands in a turn by {message['role']}. Move it to a user turn."
+            for marker in sorted(markers):
+                if marker in (part["text"] or ""):
+                    yield (
+                        f"the image token '{marker}' stands in a text part of the turn by {message['role']}, where "
+                        "it marks no image. Remove it, or use an image part."
+                    )
+    if given and not marked:
+        yield f"has {given} image(s) but no {IMAGE_MARKER} token. Put {IMAGE_MARKER} into a user turn."
+    elif marked and not given:
+        yield f"has {marked} {IMAGE_MARKER} token(s) but no image. Name the image file or remove the token."
+    elif given != marked:
+        yield f"has {given} image(s) but {marked} {IMAGE_MARKER} token(s). Make the numbers equal."
+
+
+class _Images:
+    """Decodes each distinct image once and remembers what was wrong with it."""
+
+    def __init__(self) -> None:
+        self._problems: dict[str | bytes, str | None] = {}
+
+    def flaws(self, row: dict[str, Any]) -> list[str]:
+        return [problem for image in row["images"] if (problem := self._problem(image))]
+
+    def _problem(self, image: dict[str, Any]) -> str | None:
+        content, path = image["bytes"], image["path"]
+        key = path if content is None else hashlib.sha256(content).digest()
+        if key not in self._problems:
+            self._problems[key] = None
+            if content is None and path and not os.path.isfile(path):
+                self._problems[key] = missing_file(path)
+            else:
+                try:
+                    open_image(image)
+                except DataError as error:
+                    self._problems[key] = str(error)
+        return self._problems[key]
+
+
+def _length(row: dict[str, Any], collator: Collator, max_length: int | None) -> tuple[int, str | None]:
+    """Return the tokens of a row as training sees it and, if it does not fit, what is lost and the remedy."""
+    try:
+        batch = collator([row])
+    except DataError as error:
+        return 0, str(error).removeprefix(f"{row['origin']}: ")
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    length = len(ids)
+    if not bool((labels != IGNORED).any()):
+        return length, "no token of it is an answer, all labels would be masked. Check the chat template's markers."
+    if max_length is None or length <= max_length:
+        return length, None
+    lost = []
+    image_id = getattr(collator.processor, "image_token_id", None)
+    if image_id is not None and bool((ids[max_length:] == image_id).any()):
+        lost.append("image tokens would be cut off")
+    if not bool((labels[:max_length] != IGNORED).any()):
+        lost.append("all answer labels would be cut off")
+    what = f": {' and '.join(lost)}" if lost else ""
+    return length, (
+        f"has {length} tokens, but max_length is {max_length}{what}. Set max_length to at least {length}, "
+        "or shorten or remove the row."
+    )

@@ -1,0 +1,157 @@
+"""The demo's data: questions about drawn shapes from the package easy-vqa 1.0.
+
+64 x 64 pixel images of one shape each, three shapes in eight colours. The package's 4000 training and 1000 test
+images all differ in content, so the rule that drops images found in a later part drops none.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from datasets import Dataset
+
+from maskft.data.images import image_key
+from maskft.data.schema import image_part, text_part, to_dataset, turn
+from maskft.errors import DataError, MissingExtraError, did_you_mean
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+INSTRUCTION = "\nAnswer the question using a single word or phrase."
+DESCRIBE = "Describe the image briefly."
+_CAPTIONS_END, _VALIDATION_START = 2000, 3600
+_WORD = re.compile(r"[a-z]+")
+
+Part = Literal["vqa", "captions"]
+
+
+class _Source(NamedTuple):
+    """One of the package's two parts: image paths by id, and per image its (item, question, answer) triples."""
+
+    name: str
+    paths: Mapping[int, str]
+    questions: Mapping[int, list[tuple[int, str, str]]]
+
+
+def load_easy_vqa(part: Part, *, limits: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Dataset]:
+    """Return canonical datasets "train", "validation" and "test".
+
+    "captions" has one row per image with the answer "A {color} {shape}.", "vqa" one row per question. Training uses
+    the package's training images 0-1999 for captions and 2000-3599 for vqa; validation uses 3600-3999 and test the
+    package's test images for both. An image whose content is also in a later part (captions, vqa, validation, test)
+    is dropped. `limits` gives the most rows per split. Which rows these are, and the order of training rows, is a
+    shuffle by `seed`; rows of the other splits keep the package's order.
+
+    Raises MissingExtraError without the package, DataError for an unknown part or bad limits.
+    """
+    if part not in ("vqa", "captions"):
+        raise DataError(f"part is {part!r}, but must be vqa or captions.{did_you_mean(part, ('vqa', 'captions'))}")
+    _check_limits(limits or {})
+    train, test = _sources()
+    images = _split_images(train, test)
+    rows_of: Callable[[_Source, int], Iterator[dict[str, Any]]] = _vqa_rows if part == "vqa" else _caption_rows
+    splits = {
+        "train": (train, images[part]),
+        "validation": (train, images["validation"]),
+        "test": (test, images["test"]),
+    }
+    result = {}
+    for split, (source, ids) in splits.items():
+        rows = [row for image in ids for row in rows_of(source, image)]
+        order = list(range(len(rows)))
+        random.Random(f"{seed}:{split}").shuffle(order)
+        chosen = order[: (limits or {}).get(split, len(rows))]
+        result[split] = to_dataset(rows[i] for i in (chosen if split == "train" else sorted(chosen)))
+    return result
+
+
+def _check_limits(limits: Mapping[str, int]) -> None:
+    splits = ("train", "validation", "test")
+    for split, limit in limits.items():
+        if split not in splits:
+            raise DataError(
+                f"limits names {split!r}, but the splits are {', '.join(splits)}.{did_you_mean(split, splits)}"
+            )
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise DataError(f"limits.{split} is {limit!r}, but must be a whole number of rows, at least 1.")
+
+
+def _sources() -> tuple[_Source, _Source]:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise MissingExtraError("easy-vqa", "pip install --no-deps easy-vqa==1.0", "The demo data") from error
+    return (
+        _source("train", easy_vqa.get_train_image_paths(), easy_vqa.get_train_questions()),
+        _source("test", easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()),
+    )
+
+
+def _source(name: str, paths: Mapping[int, str], triples: tuple[list[str], list[str], list[int]]) -> _Source:
+    questions: dict[int, list[tuple[int, str, str]]] = {}
+    for item, (question, answer, image) in enumerate(zip(*triples, strict=True)):
+        questions.setdefault(image, []).append((item, question, answer))
+    return _Source(name, paths, questions)
+
+
+def _split_images(train: _Source, test: _Source) -> dict[str, list[int]]:
+    """Return image ids by part, without those whose content is also in a later part."""
+    ids = sorted(train.paths)
+    parts = {
+        "test": (test, sorted(test.paths)),
+        "validation": (train, [i for i in ids if i >= _VALIDATION_START]),
+        "vqa": (train, [i for i in ids if _CAPTIONS_END <= i < _VALIDATION_START]),
+        "captions": (train, [i for i in ids if i < _CAPTIONS_END]),
+    }
+    later: set[str] = set()
+    kept = {}
+    for name, (source, members) in parts.items():
+        keys = {image: image_key({"path": source.paths[image], "bytes": None}) for image in members}
+        kept[name] = [image for image in members if keys[image] not in later]
+        later.update(keys.values())
+    return kept
+
+
+def _row(source: _Source, image: int, name: str, origin: str, question: str, answer: str) -> dict[str, Any]:
+    return {
+        "id": f"easy-vqa/{source.name}/{name}",
+        "images": [{"path": source.paths[image], "bytes": None}],
+        "messages": [turn("user", [image_part(), text_part(question)]), turn("assistant", [text_part(answer)])],
+        "origin": f"easy-vqa {source.name} {origin}",
+    }
+
+
+def _vqa_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
+    for number, (item, question, answer) in enumerate(source.questions.get(image, [])):
+        text = question[0].upper() + question[1:] + INSTRUCTION
+        yield _row(source, image, f"{image}/{number}", f"questions.json item {item}", text, answer)
+
+
+def _caption_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
+    asked = [(question, answer) for _, question, answer in source.questions.get(image, [])]
+    color, shape = described(asked, COLORS), described(asked, SHAPES)
+    if color and shape:
+        yield _row(source, image, str(image), f"image {image}", DESCRIBE, f"A {color} {shape}.")
+
+
+def described(asked: list[tuple[str, str]], names: tuple[str, ...]) -> str | None:
+    """Return which of `names` (colours or shapes) the (question, answer) pairs of one image say it has.
+
+    The answer to a "what" question and the words of one ("what is the color of the circle?") tell it at once, yes/no
+    answers by naming it or by excluding all others. None if they leave it open or contradict each other.
+    """
+    present: set[str] = set()
+    absent: set[str] = set()
+    for question, answer in asked:
+        words = set(_WORD.findall(question))
+        named = words.intersection(names)
+        if "what" in words:
+            present |= named | {answer}.intersection(names)
+        elif (answer == "yes") != bool(words & {"not", "no"}):
+            present |= named
+        else:
+            absent |= named
+    left = present or set(names) - absent
+    return left.pop() if len(left) == 1 and not left & absent else None

@@ -1,0 +1,206 @@
+"""A recipe: one typed, strict schema for a run. YAML file plus dotted overrides.
+
+maskft train recipes/quickstart.yaml method.gate=soft training.max_steps=50
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from maskft.errors import RecipeError, UserError, did_you_mean, gathered
+from maskft.tuner import MaskConfig
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The frozen base model."""
+
+    base: str = "embedded"
+    """A folder or hub id of an image-text-to-text model; "embedded" (the composed demo model) or
+    "embedded-unaligned" (the same before its projector was trained)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model folder. Only for folders you trust."""
+
+
+class MaskMethod(_Section):
+    """Mask fine-tuning; the fields are those of `maskft.MaskConfig`."""
+
+    name: Literal["mask"] = "mask"
+    gate: Literal["soft", "normalized", "centered", "topk", "threshold"] = MaskConfig.gate  # type: ignore[assignment]
+    temperature: float = MaskConfig.temperature
+    init_gate: float = MaskConfig.init_gate
+    straight_through: bool = MaskConfig.straight_through
+    keep_ratio: float = MaskConfig.keep_ratio
+    scope: list[Literal["language", "projector", "vision"]] = ["language", "projector"]
+    modules: Literal["attn", "mlp", "both"] = MaskConfig.modules  # type: ignore[assignment]
+    layers: str | list[int] = "all"
+    target_modules: list[str] | str | None = None
+    init_weights: bool | Literal["random"] = True
+
+    def config(self) -> MaskConfig:
+        """The adapter's configuration."""
+        return MaskConfig(**self.model_dump(exclude={"name"}))
+
+
+class ProjectorMethod(_Section):
+    """Stage 1: train the projector whole, everything else frozen."""
+
+    name: Literal["projector"]
+
+
+class EasyVqaData(_Section):
+    """The demo's data, from the package easy-vqa."""
+
+    kind: Literal["easy-vqa"]
+    part: Literal["vqa", "captions"] = "vqa"
+    limits: dict[str, Annotated[int, Field(gt=0)]] = {}
+    """At most so many rows of a split, drawn with `seed`."""
+    seed: int = 0
+
+
+class Split(_Section):
+    """Shares of the training file to hold out, by image."""
+
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+
+
+class FilesData(_Section):
+    """LLaVA JSON, or messages + images as JSON, JSON lines, parquet or a saved Hugging Face data set."""
+
+    kind: Literal["files"]
+    train: Path
+    validation: Path | None = None
+    test: Path | None = None
+    image_root: Path | None = None
+    """Folder that image paths are relative to; default: the folder of each file."""
+    format: Literal["auto", "llava", "messages"] = "auto"
+    split: Split = Split()
+
+
+class EvaluationSection(_Section):
+    """How answers are generated: greedy, batched."""
+
+    batch_size: Annotated[int, Field(gt=0)] = 32
+    max_new_tokens: Annotated[int, Field(gt=0)] = 16
+
+
+class Recipe(_Section):
+    """Everything that defines a run."""
+
+    model: ModelSection = ModelSection()
+    method: Annotated[MaskMethod | ProjectorMethod, Field(discriminator="name")] = MaskMethod()
+    data: Annotated[EasyVqaData | FilesData, Field(discriminator="kind")]
+    training: dict[str, Any] = {}
+    """Fields of TRL's SFTConfig."""
+    evaluation: EvaluationSection = EvaluationSection()
+
+    def to_yaml(self) -> str:
+        """The whole recipe with every default written out."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides such as "training.max_steps=24".
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown key (the nearest valid one is named), a wrong value.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}.")
+    for override in overrides:
+        _apply(content, override)
+    if isinstance(content.get("method"), dict):
+        content["method"].setdefault("name", "mask")
+    try:
+        recipe = Recipe.model_validate(content)
+        if isinstance(recipe.method, MaskMethod):
+            recipe.method.config()
+    except ValidationError as error:
+        raise RecipeError(f"{path}:\n{gathered([_explain(e, content) for e in error.errors()])}") from error
+    except UserError as error:
+        raise RecipeError(f"{path}: {error}") from error
+    return recipe
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise RecipeError(f"'{override}' is not an override; write key=value, for example training.max_steps=24.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from error
+    *sections, last = key.split(".")
+    target = content
+    for section in sections:
+        target = target.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"'{override}': '{section}' holds a value, not a section.")
+    target[last] = value
+
+
+def _explain(error: Any, content: dict[str, Any]) -> str:
+    """One line for one of pydantic's errors, in terms of the file's keys."""
+    path = [str(piece) for piece in error["loc"]]
+    if len(path) > 1 and path[1] == _tag(content, path[0]):
+        del path[1]  # pydantic puts the variant's name into the path
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed(error["loc"][:-1])
+        return f"unknown key '{key}'.{did_you_mean(path[-1], allowed)} Allowed there: {', '.join(allowed)}."
+    if error["type"] == "missing":
+        return f"'{key}' is missing."
+    if error["type"].startswith("union_tag"):
+        ctx = error["ctx"]
+        tag, allowed = ctx["discriminator"].strip("'"), ctx.get("expected_tags", "'easy-vqa', 'files'")
+        return f"'{key}.{tag}' is {ctx.get('tag', 'missing')}; it must be one of {allowed}."
+    return f"'{key}' is {error['input']!r}: {error['msg']}."
+
+
+def _tag(content: dict[str, Any], section: str) -> str | None:
+    part = content.get(section)
+    return part.get("kind") or part.get("name") or "mask" if isinstance(part, dict) else None
+
+
+def _allowed(loc: Iterable[Any]) -> list[str]:
+    """Keys allowed at a place of the schema."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection,
+        "method": MaskMethod,
+        "evaluation": EvaluationSection,
+        "easy-vqa": EasyVqaData,
+        "files": FilesData,
+        "mask": MaskMethod,
+        "projector": ProjectorMethod,
+        "split": Split,
+    }
+    names = [piece for piece in loc if piece in sections]
+    return list((sections[names[-1]] if names else Recipe).model_fields)

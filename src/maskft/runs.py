@@ -1,0 +1,153 @@
+"""A run folder: what training writes and everything after reads.
+
+recipe.yaml                 the resolved recipe, written before the first step
+environment.json            package versions, machine, commit
+checkpoints/checkpoint-N/   for resuming
+adapter_model.safetensors   the result (projector.safetensors after stage 1)
+adapter_config.json
+log.json                    the training log, one entry a logging step
+metrics.json                train, and after `maskft evaluate`: base, tuned, test_examples
+answers-<split>.jsonl       every test question with both answers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from maskft.errors import AdapterError, RunError
+from maskft.recipe import MaskMethod, Recipe, load_recipe
+from maskft.tuner import attach_saved
+from maskft.vlm.load import load_base
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.json"
+PROJECTOR = "projector.safetensors"
+_PACKAGES = ("maskft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file's content in one step, so that a reader or a crash never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write indented JSON atomically."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_metrics(run: Path) -> dict[str, Any]:
+    """The run's metrics, empty before training has finished."""
+    path = run / METRICS
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def update_metrics(run: Path, new: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge top-level entries into metrics.json and return the whole."""
+    metrics = {**read_metrics(run), **new}
+    write_json(run / METRICS, metrics)
+    return metrics
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, machine and source commit, for the record of a run."""
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "commit": commit or None,
+    }
+
+
+def run_recipe(run: Path) -> Recipe:
+    """The recipe a run was made with.
+
+    Raises:
+        RunError: the folder is not a run.
+    """
+    if not (run / RECIPE).is_file():
+        raise RunError(
+            f"{run} is not a run folder: {RECIPE} is missing. Make one with: maskft train RECIPE --output DIR"
+        )
+    return load_recipe(run / RECIPE)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run in memory: the tuned model, with the way back to its base."""
+
+    folder: Path
+    recipe: Recipe
+    model: Any
+    processor: Any
+    _base_state: Mapping[str, Any] | None = None
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[Any]:
+        """The model as it was before training, for the duration of the block."""
+        if self._base_state is None:
+            with self.model.disable_adapter():
+                yield self.model
+            return
+        projector = find_projector(self.model)
+        tuned = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
+        projector.load_state_dict(self._base_state)
+        try:
+            yield self.model
+        finally:
+            projector.load_state_dict(tuned)
+
+
+def load_run(run: Path) -> LoadedRun:
+    """Load base, processor and what the run learnt.
+
+    Raises:
+        RunError: not a run folder, or training has not finished.
+        AdapterError: the adapter is damaged or belongs to another base.
+    """
+    recipe = run_recipe(run)
+    masked = isinstance(recipe.method, MaskMethod)
+    result = "adapter_model.safetensors" if masked else PROJECTOR
+    if not (run / result).is_file():
+        raise RunError(f"the run {run} has not finished: {result} is missing. Resume it with the same train command.")
+    section = recipe.model
+    model, processor = load_base(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    if masked:
+        return LoadedRun(run, recipe, attach_saved(model, run).eval(), processor)
+    from safetensors.torch import load_file
+
+    projector = find_projector(model)
+    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
+    projector.load_state_dict(load_file(run / PROJECTOR))
+    return LoadedRun(run, recipe, model, processor, before)
+
+
+def find_projector(model: Any) -> Any:
+    """The module between vision encoder and language model.
+
+    Raises:
+        AdapterError: the model has none by a known name.
+    """
+    names = ("multi_modal_projector", "connector", "merger")
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in names:
+            return module
+    raise AdapterError(f"{type(model).__name__} has no projector; looked for {', '.join(names)}.")

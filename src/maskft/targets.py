@@ -1,0 +1,146 @@
+"""Which modules are masked: by part of the model, kind of layer and depth, found from the model's structure.
+
+A part is recognised by the names Transformers gives it; within the language model and the vision encoder, layers
+are the numbered children of a module list, attention and feed-forward projections are told apart by their names.
+Embeddings, norms, the output head and children of `nn.MultiheadAttention` (which reads its projection's weight
+without calling it) are never masked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from maskft.errors import ModelError
+
+SCOPES = ("language", "projector", "vision")
+MODULES = ("attn", "mlp", "both")
+
+_PARTS = {
+    "projector": {"multi_modal_projector", "mm_projector", "connector", "merger", "deepstack_merger_list", "mlp1"},
+    "vision": {"vision_tower", "vision_model", "visual", "vision_encoder", "image_tower"},
+    "language": {"language_model", "text_model", "llm"},
+}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "qkv", "query", "key", "value", "dense"}
+_ATTENTION |= {"c_attn", "query_key_value", "proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "linear_fc1", "linear_fc2"}
+_MLP |= {"w1", "w2", "w3", "dense_h_to_4h", "dense_4h_to_h"}
+_HEADS = {"lm_head", "embed_out", "classifier", "score"}
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
+
+
+def resolve_targets(
+    model: nn.Module,
+    *,
+    scope: Sequence[str] = ("language", "projector"),
+    modules: str = "both",
+    layers: str | Sequence[int] = "all",
+) -> list[str]:
+    """Names of the linear layers to mask, in the model's order.
+
+    Args:
+        model: any module; a model without a vision encoder or projector counts as a language model.
+        scope: parts of the model, any of "language", "projector", "vision".
+        modules: "attn" (q, k, v, o), "mlp" (gate, up, down or fc1, fc2) or "both"; does not apply to the projector,
+            which is masked whole.
+        layers: "all", "first-third", "middle-third", "last-third", ranges such as "0-3,8", or a list of indices;
+            counted in the language model and the vision encoder each.
+
+    Raises:
+        ModelError: a scope, kind or range that is not known, or that matches nothing in this model.
+    """
+    unknown = [part for part in scope if part not in SCOPES]
+    if unknown or not scope:
+        raise ModelError(f"scope is {list(scope)}; each part must be one of {', '.join(SCOPES)}, and one is needed.")
+    if modules not in MODULES:
+        raise ModelError(f"modules is '{modules}'; it must be one of {', '.join(MODULES)}.")
+
+    linears = [(name, _part(name)) for name in _linear_layers(model)]
+    if not any(part in ("projector", "vision") for _, part in linears):
+        linears = [(name, "language") for name, _ in linears]
+    depth = {part: _depth(name for name, p in linears if p == part) for part in ("language", "vision")}
+    chosen = {part: _layer_indices(layers, n) for part, n in depth.items() if part in scope and n}
+    kinds = (_ATTENTION if modules != "mlp" else set()) | (_MLP if modules != "attn" else set())
+
+    targets = []
+    for name, part in linears:
+        if part not in scope:
+            continue
+        if part == "projector":
+            targets.append(name)
+            continue
+        index = _layer_index(name)
+        if index is not None and index in chosen[part] and _kind(name) in kinds:
+            targets.append(name)
+    if not targets:
+        found = ", ".join(f"{part} ({sum(p == part for _, p in linears)})" for part in SCOPES)
+        raise ModelError(
+            f"nothing to mask: scope {list(scope)}, modules '{modules}', layers {layers!r} match no linear layer of "
+            f"{type(model).__name__}. Its linear layers by part: {found}. Name them with target_modules instead."
+        )
+    return targets
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    inside_attention = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    )
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not name.startswith(inside_attention or ("\0",))
+        and name.rsplit(".", 1)[-1] not in _HEADS
+    ]
+
+
+def _part(name: str) -> str:
+    """Part of the model a module name belongs to; a projector inside the vision encoder counts as projector."""
+    path = set(name.split("."))
+    for part, names in _PARTS.items():
+        if path & names:
+            return part
+    return "other"
+
+
+def _kind(name: str) -> str:
+    """The module's own name, or for a nested attention output such as `output.dense` that of the last segment."""
+    return name.rsplit(".", 1)[-1]
+
+
+def _layer_index(name: str) -> int | None:
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else None
+
+
+def _depth(names: Iterable[str]) -> int:
+    return max((index + 1 for name in names if (index := _layer_index(name)) is not None), default=0)
+
+
+def _layer_indices(layers: str | Sequence[int], depth: int) -> set[int]:
+    """The chosen indices among `depth` layers."""
+    thirds = {"first-third": 0, "middle-third": 1, "last-third": 2}
+    if layers == "all":
+        return set(range(depth))
+    if isinstance(layers, str) and layers in thirds:
+        third = thirds[layers]
+        return set(range(round(depth * third / 3), round(depth * (third + 1) / 3)))
+    if isinstance(layers, str):
+        indices: set[int] = set()
+        for piece in layers.replace(" ", "").split(","):
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
+            if not match:
+                raise ModelError(
+                    f"layers is '{layers}'; it must be 'all', 'first-third', 'middle-third', 'last-third', ranges such "
+                    "as '0-3,8', or a list of indices."
+                )
+            first, last = int(match.group(1)), int(match.group(2) or match.group(1))
+            indices |= set(range(first, last + 1))
+    else:
+        indices = set(layers)
+    outside = sorted(i for i in indices if not 0 <= i < depth)
+    if outside:
+        raise ModelError(f"layers names {outside[:5]}, but this model has layers 0 to {depth - 1}.")
+    return indices

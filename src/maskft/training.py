@@ -1,0 +1,306 @@
+"""A recipe becomes a run: TRL's SFTTrainer over the masked model, resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+
+from maskft.data import Collator, check, leaked_images, load_easy_vqa, read, split_by_image
+from maskft.errors import DataError, RecipeError, RunError, did_you_mean
+from maskft.recipe import EasyVqaData, MaskMethod, Recipe
+from maskft.runs import (
+    PROJECTOR,
+    RECIPE,
+    environment,
+    find_projector,
+    read_metrics,
+    run_recipe,
+    update_metrics,
+    write_atomically,
+    write_json,
+)
+from maskft.tuner import attach
+from maskft.vlm.load import load_base
+
+CHECKPOINTS = "checkpoints"
+LOG = "log.json"
+Say = Callable[[str], None]
+
+_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",  # trackers only when asked for
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,  # a bar of our own, on stderr
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "weight_decay": 0.0,
+    "max_length": 2048,
+    "learning_rate": 0.1,  # of scores; other methods set theirs
+    "adam_epsilon": 1e-12,  # score gradients carry a factor |W| m0 (1 - m0), about 4e-4: 1e-8 would damp them
+}
+_OURS = {
+    "output_dir": "use --output",
+    "push_to_hub": "push the exported folder yourself",
+    "resume_from_checkpoint": "a repeated call on the same --output resumes",
+    "remove_unused_columns": "the collator needs every column",
+}
+
+
+def training_arguments(recipe: Recipe, output: Path) -> Any:
+    """TRL's SFTConfig from the recipe's `training` section.
+
+    Raises:
+        RecipeError: an unknown field (the nearest valid one is named) or a value SFTConfig refuses.
+    """
+    from trl import SFTConfig
+
+    fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    for key in recipe.training:
+        if key in _OURS:
+            raise RecipeError(f"training.{key} cannot be set: {_OURS[key]}.")
+        if key not in fields:
+            raise RecipeError(
+                f"unknown key 'training.{key}'.{did_you_mean(key, fields)} Allowed are the fields of TRL's SFTConfig."
+            )
+    computed = {
+        "bf16": recipe.model.dtype == "bfloat16",
+        "fp16": recipe.model.dtype == "float16",
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    values = {**_DEFAULTS, **computed, **recipe.training}
+    try:
+        return SFTConfig(
+            output_dir=str(output / CHECKPOINTS),
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            **values,
+        )
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"training: {error}") from error
+
+
+def load_data(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's data sets by split: "train", and "validation" and "test" where there are any.
+
+    Raises:
+        DataError: a file has a flaw, or images of the training part appear in a held-out part.
+    """
+    data = recipe.data
+    if isinstance(data, EasyVqaData):
+        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed)
+    split = data.split
+    for name in ("validation", "test"):
+        if getattr(data, name) is not None and getattr(split, name) > 0:
+            raise RecipeError(f"data.{name} and data.split.{name} are both set; keep one.")
+    parts = {"train": read(data.train, format=data.format, image_root=data.image_root)}
+    if split.validation or split.test:
+        parts = split_by_image(parts["train"], validation=split.validation, test=split.test, seed=split.seed)
+    for name in ("validation", "test"):
+        path = getattr(data, name)
+        if path is not None:
+            parts[name] = read(path, format=data.format, image_root=data.image_root)
+            if shared := leaked_images(parts["train"], parts[name]):
+                raise DataError(
+                    f"{shared} images of {data.train} appear in {path} too; a {name} set must hold other images. "
+                    f"Remove them, or let data.split.{name} hold out part of the training file by image."
+                )
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict[str, Any]:
+    """Train into the folder `output`, resuming an interrupted run of the same recipe there.
+
+    Nothing is written before recipe, data, model and targets have been checked.
+
+    Returns:
+        The content of metrics.json, with `train` filled in.
+
+    Raises:
+        RecipeError, DataError, ModelError: what the user gave cannot be used.
+        RunError: `output` holds a run of another recipe.
+    """
+    if _finished(recipe, output):
+        say(f"{output} already holds a finished run of this recipe.")
+        return read_metrics(output)
+    arguments = training_arguments(recipe, output)
+    parts = load_data(recipe)
+    section = recipe.model
+    model, processor = load_base(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    for name in ("train", "validation"):
+        if name in parts:
+            summary = check(parts[name], processor=processor, max_length=arguments.max_length)
+            say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
+    if isinstance(recipe.method, MaskMethod):
+        model = attach(model, recipe.method.config())
+    else:
+        _unfreeze_projector(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters()) - (trainable if isinstance(recipe.method, MaskMethod) else 0)
+    say(f"training {trainable:,} parameters beside a base of {total:,}")
+
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / RECIPE, recipe.to_yaml())
+    write_json(output / "environment.json", environment())
+    _keep_freed_memory()
+    trainer = _trainer(model, processor, arguments, parts, output)
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
+    started = time.monotonic()
+    state = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
+
+    _save_result(recipe, trainer.model, output)
+    return update_metrics(
+        output,
+        {
+            "train": {
+                "seconds": round(seconds, 1),
+                "steps": state.global_step,
+                "epochs": round(trainer.state.epoch or 0.0, 4),
+                "examples": len(parts["train"]),
+                "loss": round(state.training_loss, 4),
+                "trainable_parameters": trainable,
+                "base_parameters": total,
+                "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
+            }
+        },
+    )
+
+
+def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Everything a run would use, found out without training or writing into `output`: the resolved recipe,
+    training arguments, data, targets and parameter counts.
+
+    Raises:
+        RecipeError, DataError, ModelError: as `train`.
+    """
+    arguments = training_arguments(recipe, output)
+    parts = load_data(recipe)
+    section = recipe.model
+    model, processor = load_base(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    seen: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "output": str(output)}
+    for name, part in parts.items():
+        seen[f"{name}_examples"] = len(part)
+    summary = check(parts["train"], processor=processor, max_length=arguments.max_length)
+    seen["longest_example_tokens"] = summary.longest
+    seen["base_parameters"] = sum(p.numel() for p in model.parameters())
+    if isinstance(recipe.method, MaskMethod):
+        model = attach(model, recipe.method.config())
+        seen["masked_modules"] = list(model.targeted_module_names)
+    else:
+        _unfreeze_projector(model)
+    seen["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    checkpoint = newest_checkpoint(output)
+    seen["would_resume_from"] = str(checkpoint) if checkpoint else None
+    seen["training_arguments"] = arguments.to_dict()
+    return seen
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint; Trainer writes trainer_state.json last."""
+    found = [path for path in (output / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def _finished(recipe: Recipe, output: Path) -> bool:
+    """Whether `output` holds a finished run of this recipe.
+
+    Raises:
+        RunError: it holds a run of another recipe, or something that isn't a run.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not output.is_dir() or not (output / RECIPE).is_file():
+        raise RunError(f"{output} exists and is not a run folder. Give --output a new folder.")
+    earlier, now = _flat(run_recipe(output).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    changed = sorted(key for key in earlier.keys() | now.keys() if earlier.get(key) != now.get(key))
+    if changed:
+        lines = "\n".join(f"  - {key}: {earlier.get(key)!r} there, {now.get(key)!r} now" for key in changed[:10])
+        raise RunError(f"{output} holds a run of another recipe:\n{lines}\nGive --output another folder, or remove it.")
+    return "train" in read_metrics(output)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _trainer(model: Any, processor: Any, arguments: Any, parts: Mapping[str, Any], output: Path) -> Any:
+    from trl import SFTTrainer
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        data_collator=Collator(processor, arguments.max_length),
+        train_dataset=parts["train"],
+        eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
+        processing_class=processor,
+        callbacks=[_Watch(output)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout
+    return trainer
+
+
+class _Watch(TrainerCallback):
+    """A progress bar on stderr, and the log on disk as it grows."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        write_json(self.output / LOG, state.log_history)
+        if logs and "loss" in logs and self.bar is not None:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def _unfreeze_projector(model: Any) -> None:
+    """Train the projector in fp32, where small steps keep their resolution; autocast computes in bf16."""
+    projector = find_projector(model).float()
+    projector.requires_grad_(True)
+
+
+def _save_result(recipe: Recipe, model: Any, output: Path) -> None:
+    """Write the adapter (or the projector) next to the recipe, through a folder of its own so that it is whole."""
+    if not isinstance(recipe.method, MaskMethod):
+        from safetensors.torch import save_file
+
+        state = {name: tensor.detach().bfloat16() for name, tensor in find_projector(model).state_dict().items()}
+        save_file(state, output / PROJECTOR)
+        return
+    staging = output / ".adapter"
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # the weights last: they mark a finished run
+        (staging / name).replace(output / name)
+    shutil.rmtree(staging)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory. By default it hands every large tensor back to the kernel, and the page faults of
+    the next one cost a fifth of a training step on a CPU. Without effect elsewhere."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
+        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
+            libc.mallopt(option, size)

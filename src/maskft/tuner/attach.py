@@ -1,0 +1,44 @@
+"""Putting masks on a model and taking them from disk, for the rooms above, which don't import peft."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+
+from maskft.errors import AdapterError
+from maskft.tuner.config import MaskConfig
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def attach(model: Any, config: MaskConfig) -> PeftModel:
+    """Wrap `model` with a new mask adapter; its own weights are frozen and untouched."""
+    return get_peft_model(model, config)
+
+
+def attach_saved(model: Any, folder: Path) -> PeftModel:
+    """Wrap `model` with the mask adapter saved in `folder`, frozen.
+
+    Raises:
+        AdapterError: a file is missing or broken, the adapter is of another method, or it does not fit the model.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} holds no adapter: {name} is missing. Give the folder of a finished run.")
+    try:
+        method = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise AdapterError(f"{folder / CONFIG} is not a JSON object: {error}") from error
+    if method != "MASK":
+        raise AdapterError(f"{folder} holds an adapter of method {method}, not MASK.")
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+    except SafetensorError as error:
+        raise AdapterError(
+            f"{folder / WEIGHTS} cannot be read: {error}. The file is damaged; save it again."
+        ) from error
