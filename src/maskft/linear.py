@@ -76,7 +76,7 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ masked_weight(weight, [(offset, ctx.gate)]).to(dy.dtype)
         if ctx.needs_input_grad[3]:
-            dweight = dy.flatten(0, -2).T @ x.flatten(0, -2).to(dy.dtype)
+            dweight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
             doffset = ctx.gate.derivative(_wide(offset), weight).mul_(weight).mul_(dweight).to(offset.dtype)
         return dx, None, None, doffset, None
 

@@ -23,10 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from maskft.errors import AdapterError, RunError
-from maskft.recipe import MaskMethod, Recipe, load_recipe
+from maskft.data import leaked_images, load_easy_vqa, read, split_by_image
+from maskft.errors import AdapterError, DataError, RecipeError, RunError
+from maskft.recipe import EasyVqaData, MaskMethod, Recipe, load_recipe
 from maskft.tuner import attach_saved
-from maskft.vlm.load import load_base
+from maskft.vlm.load import load_model, load_processor
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -90,6 +91,34 @@ def run_recipe(run: Path) -> Recipe:
     return load_recipe(run / RECIPE)
 
 
+def load_data(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's data sets by split: "train", and "validation" and "test" where there are any.
+
+    Raises:
+        DataError: a file has a flaw, or images of the training part appear in a held-out part.
+    """
+    data = recipe.data
+    if isinstance(data, EasyVqaData):
+        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed)
+    split = data.split
+    for name in ("validation", "test"):
+        if getattr(data, name) is not None and getattr(split, name) > 0:
+            raise RecipeError(f"data.{name} and data.split.{name} are both set; keep one.")
+    parts = {"train": read(data.train, format=data.format, image_root=data.image_root)}
+    if split.validation or split.test:
+        parts = split_by_image(parts["train"], validation=split.validation, test=split.test, seed=split.seed)
+    for name in ("validation", "test"):
+        path = getattr(data, name)
+        if path is not None:
+            parts[name] = read(path, format=data.format, image_root=data.image_root)
+            if shared := leaked_images(parts["train"], parts[name]):
+                raise DataError(
+                    f"{shared} images of {data.train} appear in {path} too; a {name} set must hold other images. "
+                    f"Remove them, or let data.split.{name} hold out part of the training file by image."
+                )
+    return {name: part for name, part in parts.items() if len(part)}
+
+
 @dataclass(frozen=True)
 class LoadedRun:
     """A finished run in memory: the tuned model, with the way back to its base."""
@@ -129,7 +158,8 @@ def load_run(run: Path) -> LoadedRun:
     if not (run / result).is_file():
         raise RunError(f"the run {run} has not finished: {result} is missing. Resume it with the same train command.")
     section = recipe.model
-    model, processor = load_base(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
+    model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     if masked:
         return LoadedRun(run, recipe, attach_saved(model, run).eval(), processor)
     from safetensors.torch import load_file

@@ -19,14 +19,22 @@ SCOPES = ("language", "projector", "vision")
 MODULES = ("attn", "mlp", "both")
 
 _PARTS = {
-    "projector": {"multi_modal_projector", "mm_projector", "connector", "merger", "deepstack_merger_list", "mlp1"},
+    "projector": {
+        "multi_modal_projector",
+        "mm_projector",
+        "connector",
+        "merger",
+        "deepstack_merger_list",
+        "mlp1",
+        "language_projection",
+    },
     "vision": {"vision_tower", "vision_model", "visual", "vision_encoder", "image_tower"},
     "language": {"language_model", "text_model", "llm"},
 }
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "qkv", "query", "key", "value", "dense"}
-_ATTENTION |= {"c_attn", "query_key_value", "proj"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "qkv", "query", "key", "value", "c_attn"}
+_ATTENTION |= {"query_key_value", "proj", "projection", "projection_layer", "attention.dense"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "linear_fc1", "linear_fc2"}
-_MLP |= {"w1", "w2", "w3", "dense_h_to_4h", "dense_4h_to_h"}
+_MLP |= {"w1", "w2", "w3", "dense_h_to_4h", "dense_4h_to_h", "dense"}
 _HEADS = {"lm_head", "embed_out", "classifier", "score"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
@@ -61,7 +69,7 @@ def resolve_targets(
     if not any(part in ("projector", "vision") for _, part in linears):
         linears = [(name, "language") for name, _ in linears]
     depth = {part: _depth(name for name, p in linears if p == part) for part in ("language", "vision")}
-    chosen = {part: _layer_indices(layers, n) for part, n in depth.items() if part in scope and n}
+    chosen = {part: _layer_indices(layers, n, part) for part, n in depth.items() if part in scope and n}
     kinds = (_ATTENTION if modules != "mlp" else set()) | (_MLP if modules != "attn" else set())
 
     targets = []
@@ -106,8 +114,9 @@ def _part(name: str) -> str:
 
 
 def _kind(name: str) -> str:
-    """The module's own name, or for a nested attention output such as `output.dense` that of the last segment."""
-    return name.rsplit(".", 1)[-1]
+    """The module's own name; `dense`, which both kinds use, is told apart by the module around it."""
+    *path, own = name.split(".")
+    return "attention.dense" if own == "dense" and any("att" in piece for piece in path[-2:]) else own
 
 
 def _layer_index(name: str) -> int | None:
@@ -119,8 +128,8 @@ def _depth(names: Iterable[str]) -> int:
     return max((index + 1 for name in names if (index := _layer_index(name)) is not None), default=0)
 
 
-def _layer_indices(layers: str | Sequence[int], depth: int) -> set[int]:
-    """The chosen indices among `depth` layers."""
+def _layer_indices(layers: str | Sequence[int], depth: int, part: str) -> set[int]:
+    """The chosen indices among the `depth` layers of `part`."""
     thirds = {"first-third": 0, "middle-third": 1, "last-third": 2}
     if layers == "all":
         return set(range(depth))
@@ -131,7 +140,7 @@ def _layer_indices(layers: str | Sequence[int], depth: int) -> set[int]:
         indices: set[int] = set()
         for piece in layers.replace(" ", "").split(","):
             match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
-            if not match:
+            if not match or int(match.group(1)) > int(match.group(2) or match.group(1)):
                 raise ModelError(
                     f"layers is '{layers}'; it must be 'all', 'first-third', 'middle-third', 'last-third', ranges such "
                     "as '0-3,8', or a list of indices."
@@ -142,5 +151,5 @@ def _layer_indices(layers: str | Sequence[int], depth: int) -> set[int]:
         indices = set(layers)
     outside = sorted(i for i in indices if not 0 <= i < depth)
     if outside:
-        raise ModelError(f"layers names {outside[:5]}, but this model has layers 0 to {depth - 1}.")
+        raise ModelError(f"layers names {outside[:5]}, but the {part} part has layers 0 to {depth - 1}.")
     return indices

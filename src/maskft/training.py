@@ -7,30 +7,32 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig
 
-from maskft.data import Collator, check, leaked_images, load_easy_vqa, read, split_by_image
-from maskft.errors import DataError, RecipeError, RunError, did_you_mean
-from maskft.recipe import EasyVqaData, MaskMethod, Recipe
+from maskft.data import Collator, check
+from maskft.errors import RecipeError, RunError, did_you_mean
+from maskft.recipe import MaskMethod, Recipe
 from maskft.runs import (
     PROJECTOR,
     RECIPE,
     environment,
     find_projector,
+    load_data,
     read_metrics,
     run_recipe,
     update_metrics,
     write_atomically,
     write_json,
 )
+from maskft.trainer import make_trainer
 from maskft.tuner import attach
-from maskft.vlm.load import load_base
+from maskft.vlm.load import load_model, load_processor
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.json"
@@ -61,8 +63,6 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
     Raises:
         RecipeError: an unknown field (the nearest valid one is named) or a value SFTConfig refuses.
     """
-    from trl import SFTConfig
-
     fields = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     for key in recipe.training:
         if key in _OURS:
@@ -88,34 +88,6 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
         raise RecipeError(f"training: {error}") from error
 
 
-def load_data(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's data sets by split: "train", and "validation" and "test" where there are any.
-
-    Raises:
-        DataError: a file has a flaw, or images of the training part appear in a held-out part.
-    """
-    data = recipe.data
-    if isinstance(data, EasyVqaData):
-        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed)
-    split = data.split
-    for name in ("validation", "test"):
-        if getattr(data, name) is not None and getattr(split, name) > 0:
-            raise RecipeError(f"data.{name} and data.split.{name} are both set; keep one.")
-    parts = {"train": read(data.train, format=data.format, image_root=data.image_root)}
-    if split.validation or split.test:
-        parts = split_by_image(parts["train"], validation=split.validation, test=split.test, seed=split.seed)
-    for name in ("validation", "test"):
-        path = getattr(data, name)
-        if path is not None:
-            parts[name] = read(path, format=data.format, image_root=data.image_root)
-            if shared := leaked_images(parts["train"], parts[name]):
-                raise DataError(
-                    f"{shared} images of {data.train} appear in {path} too; a {name} set must hold other images. "
-                    f"Remove them, or let data.split.{name} hold out part of the training file by image."
-                )
-    return {name: part for name, part in parts.items() if len(part)}
-
-
 def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict[str, Any]:
     """Train into the folder `output`, resuming an interrupted run of the same recipe there.
 
@@ -134,11 +106,11 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
     arguments = training_arguments(recipe, output)
     parts = load_data(recipe)
     section = recipe.model
-    model, processor = load_base(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    for name in ("train", "validation"):
-        if name in parts:
-            summary = check(parts[name], processor=processor, max_length=arguments.max_length)
-            say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
+    processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
+    for name, part in parts.items():
+        summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
+        say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
+    model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     if isinstance(recipe.method, MaskMethod):
         model = attach(model, recipe.method.config())
     else:
@@ -151,7 +123,14 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
     write_atomically(output / RECIPE, recipe.to_yaml())
     write_json(output / "environment.json", environment())
     _keep_freed_memory()
-    trainer = _trainer(model, processor, arguments, parts, output)
+    trainer = make_trainer(
+        model,
+        arguments,
+        collator=Collator(processor, arguments.max_length),
+        processor=processor,
+        parts=parts,
+        log=output / LOG,
+    )
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
@@ -187,7 +166,8 @@ def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
     arguments = training_arguments(recipe, output)
     parts = load_data(recipe)
     section = recipe.model
-    model, processor = load_base(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
+    model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     seen: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "output": str(output)}
     for name, part in parts.items():
         seen[f"{name}_examples"] = len(part)
@@ -237,42 +217,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _trainer(model: Any, processor: Any, arguments: Any, parts: Mapping[str, Any], output: Path) -> Any:
-    from trl import SFTTrainer
+def _bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    def wrap(items: Iterable[Any]) -> Iterable[Any]:
+        bar: Iterable[Any] = tqdm(items, desc=label, file=sys.stderr, leave=False)
+        return bar
 
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        data_collator=Collator(processor, arguments.max_length),
-        train_dataset=parts["train"],
-        eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
-        processing_class=processor,
-        callbacks=[_Watch(output)],
-    )
-    trainer.remove_callback(PrinterCallback)  # it prints to stdout
-    return trainer
-
-
-class _Watch(TrainerCallback):
-    """A progress bar on stderr, and the log on disk as it grows."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        write_json(self.output / LOG, state.log_history)
-        if logs and "loss" in logs and self.bar is not None:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+    return wrap
 
 
 def _unfreeze_projector(model: Any) -> None:

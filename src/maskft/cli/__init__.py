@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from maskft.errors import UserError
@@ -9,6 +10,7 @@ from maskft.errors import UserError
 
 def main() -> None:
     """Entry point of the `maskft` script."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
     from maskft.cli.app import app
 
     try:

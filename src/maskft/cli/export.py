@@ -13,8 +13,7 @@ def run(folder: Path, out: Path, *, as_json: bool) -> None:
     from maskft.adapters.export import export_merged, refuse_existing
     from maskft.data import Collator
     from maskft.recipe import MaskMethod
-    from maskft.runs import load_run
-    from maskft.training import load_data
+    from maskft.runs import load_data, load_run
 
     refuse_existing(out)
     notes.print(f"merging {folder}")

@@ -12,8 +12,7 @@ from maskft.data import answer, prompt
 from maskft.errors import RunError
 from maskft.evaluation.generation import Progress, generate_answers
 from maskft.evaluation.metrics import accuracy, blind_accuracy, exact_match
-from maskft.runs import load_run, update_metrics, write_atomically
-from maskft.training import load_data
+from maskft.runs import load_data, load_run, update_metrics, write_atomically
 
 
 def evaluate_run(

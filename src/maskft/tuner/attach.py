@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 
-from maskft.errors import AdapterError
+from maskft.errors import AdapterError, ModelError, UserError
 from maskft.tuner.config import MaskConfig
 
 WEIGHTS = "adapter_model.safetensors"
@@ -17,8 +17,17 @@ CONFIG = "adapter_config.json"
 
 
 def attach(model: Any, config: MaskConfig) -> PeftModel:
-    """Wrap `model` with a new mask adapter; its own weights are frozen and untouched."""
-    return get_peft_model(model, config)
+    """Wrap `model` with a new mask adapter; its own weights are frozen and untouched.
+
+    Raises:
+        ModelError: the targets match nothing that can be masked.
+    """
+    try:
+        return get_peft_model(model, config)
+    except UserError:
+        raise
+    except ValueError as error:  # PEFT's own complaints about targets
+        raise ModelError(f"cannot put masks on {type(model).__name__}: {error}") from error
 
 
 def attach_saved(model: Any, folder: Path) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,7 @@ class MaskConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = mask_peft_type()
         self.scope = [self.scope] if isinstance(self.scope, str) else list(self.scope)
+        self.layers = self.layers if isinstance(self.layers, str) else list(self.layers)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -73,10 +75,12 @@ class MaskConfig(PeftConfig):
         problems = []
         if self.gate not in GATES:
             problems.append(f"gate is '{self.gate}'; allowed: {', '.join(GATES)}.{did_you_mean(self.gate, GATES)}")
-        if not self.temperature > 0:
-            problems.append(f"temperature is {self.temperature}; it must be above 0.")
+        if not 0 < self.temperature < math.inf:
+            problems.append(f"temperature is {self.temperature}; it must be above 0 and finite.")
         if not 0 < self.init_gate < 1:
             problems.append(f"init_gate is {self.init_gate}; it must lie between 0 and 1, both excluded.")
+        elif self.gate == "threshold" and self.init_gate < 0.5:
+            problems.append(f"init_gate is {self.init_gate}; below 0.5 the threshold gate would start by cutting all.")
         if not 0 < self.keep_ratio <= 1:
             problems.append(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1 (1 keeps everything).")
         if unknown := [part for part in self.scope if part not in SCOPES]:

@@ -68,6 +68,10 @@ class MaskLayer(BaseTunerLayer):
         base: nn.Linear = self.get_base_layer()
         return base
 
+    def pretrained_weight(self) -> Tensor:
+        """W as it was before any merge, (out, in)."""
+        return self.frozen().weight.detach() if self._unmerged_weight is None else self._unmerged_weight
+
     def active_masks(self) -> list[Mask]:
         """Masks that the forward pass applies; none where adapters are disabled or merged."""
         if self.disable_adapters or self.merged:
@@ -88,7 +92,7 @@ class MaskLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W * (m - 1) of one adapter, (out, in), in the dtype of the offsets (at least fp32)."""
-        weight = self.frozen().weight.detach()
+        weight = self.pretrained_weight()
         with torch.no_grad():
             masked = masked_weight(weight, self.masks([adapter]))
         return masked - weight.to(masked.dtype)
@@ -111,7 +115,7 @@ class MaskLayer(BaseTunerLayer):
         if not names:
             return
         base = self.frozen()
-        original = self._unmerged_weight if self._unmerged_weight is not None else base.weight.data
+        original = self.pretrained_weight()
         everything = [*self.merged_adapters, *names]
         with torch.no_grad():
             merged = masked_weight(original, self.masks(everything)).to(original.dtype)

@@ -31,6 +31,7 @@ class MaskModel(BaseTuner):
             peft_config.target_modules = set(
                 resolve_targets(model, scope=peft_config.scope, modules=peft_config.modules, layers=peft_config.layers)
             )
+        self._shared = _shared_weights(model)
 
     def _create_and_replace(
         self,
@@ -47,6 +48,12 @@ class MaskModel(BaseTuner):
                 f"'{current_key}' cannot be masked: nn.MultiheadAttention reads its weight without calling it. "
                 "Take it out of target_modules."
             )
+        weight = target.get_base_layer().weight if isinstance(target, MaskLayer) else getattr(target, "weight", None)
+        if owners := self._shared.get(id(weight)):
+            raise ModelError(
+                f"'{current_key}' cannot be masked: it shares its weight ({', '.join(owners)}), and merging the mask "
+                "would change all of them. Take it out of target_modules."
+            )
         if isinstance(target, MaskLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -54,22 +61,6 @@ class MaskModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             masked.requires_grad_(False)
         self._replace_module(parent, target_name, masked, target)
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: MaskConfig) -> None:
-        """Weights shared by two targets would be masked twice on merging."""
-        super()._check_tied_modules(model, peft_config)
-        if peft_config.target_modules is None:
-            return
-        seen: dict[int, str] = {}
-        for name, module in model.named_modules():
-            weight = getattr(module, "weight", None)
-            if not isinstance(module, nn.Linear) or not self._check_target_module_exists(peft_config, name):
-                continue
-            if (other := seen.setdefault(id(weight), name)) != name:
-                raise ModelError(
-                    f"'{other}' and '{name}' share one weight; masking both would apply the mask twice. "
-                    "Target one of them."
-                )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -111,12 +102,21 @@ class MaskModel(BaseTuner):
         return remapped
 
 
+def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that own one parameter together, by the parameter's id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for _, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
 def _masked_base_weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Frozen weights under the adapter's masks, by the name of their layer in the base model."""
     return {
-        name.removeprefix("base_model.model."): module.get_base_layer().weight
+        name.removeprefix("base_model.model."): module.pretrained_weight()
         for name, module in model.named_modules()
-        if isinstance(module, MaskLayer) and adapter_name in module.mask_scores and not module.merged
+        if isinstance(module, MaskLayer) and adapter_name in module.mask_scores
     }
 
 

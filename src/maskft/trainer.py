@@ -1,0 +1,90 @@
+"""TRL's SFTTrainer with a progress bar on stderr, the log on disk, and a loss that a CPU can afford."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTTrainer
+
+from maskft.data import IGNORED, Collator
+from maskft.runs import write_json
+
+
+def make_trainer(
+    model: Any, arguments: Any, *, collator: Collator, processor: Any, parts: Mapping[str, Any], log: Path
+) -> SFTTrainer:
+    """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it."""
+    trainer = LabelledPositionsTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=parts["train"],
+        eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
+        processing_class=processor,
+        callbacks=[Watch(log)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout
+    return trainer
+
+
+class LabelledPositionsTrainer(SFTTrainer):
+    """SFTTrainer whose loss on a CPU computes logits only where there is a label.
+
+    There, TRL's own loss projects every position on the whole vocabulary in fp32, which is half of a step of a small
+    model. Elsewhere, and for losses other than the plain one, TRL's code runs.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
+        if inputs["labels"].device.type != "cpu" or return_outputs or not plain:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = labelled_loss(model, inputs, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # which the averaging of gradients divides by
+        return loss
+
+
+def labelled_loss(model: Any, inputs: Mapping[str, Any], items: Any = None) -> Tensor:
+    """Negative log-likelihood of the labels, in nats, summed and divided by `items` (default: their number).
+
+    Logits are computed in the columns (positions) where any row of the batch has a label.
+    """
+    labels = inputs["labels"][:, 1:]
+    columns = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    logits = model(**rest, logits_to_keep=columns, use_cache=False).logits
+    kept = labels[:, columns]
+    total = F.cross_entropy(logits.float().flatten(0, 1), kept.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / torch.as_tensor((kept != IGNORED).sum() if items is None else items).clamp(min=1)
+
+
+class Watch(TrainerCallback):
+    """A progress bar on stderr, and the log on disk as it grows."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        write_json(self.log, state.log_history)
+        if logs and "loss" in logs and self.bar is not None:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()

@@ -1,0 +1,267 @@
+"""masked_linear against plain_masked_linear: forward, every gradient, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
+from maskft.linear import masked_linear, masked_weight, plain_masked_linear
+
+GATES: list[Gate] = [
+    Soft(0.9, 0.5),
+    Soft(0.9, 0.5, straight_through=True),
+    Normalized(0.9, 0.5),
+    Normalized(0.9, 0.5, straight_through=True),
+    Centered(0.7),
+    Centered(0.7, straight_through=True),
+    TopK(0.6),
+    TopK(0.6, magnitude_start=False),
+    Threshold(0.6, 0.5),
+]
+EXACT = [gate for gate in GATES if isinstance(gate, Soft | Normalized | Centered) and not gate.straight_through]
+BATCHES = [(), (1,), (4,), (2, 3), (2, 1, 3), (2, 2, 2, 2)]
+
+
+def inputs(
+    batch: tuple[int, ...] = (4,),
+    shape: tuple[int, int] = (5, 7),
+    dtype: torch.dtype = torch.float32,
+    offset_dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x, frozen W and b, offsets."""
+    out, width = shape
+    x = torch.randn(*batch, width, dtype=dtype).requires_grad_()
+    weight = torch.randn(out, width, dtype=dtype)
+    return (
+        x,
+        weight,
+        torch.randn(out, dtype=dtype) if bias else None,
+        torch.randn(out, width, dtype=offset_dtype).requires_grad_(),
+    )
+
+
+def both(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor, gate: Gate
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(y, dx, doffset) of the fast and of the plain version, for the same incoming gradient."""
+    results = []
+    dy = None
+    for fast in (True, False):
+        y = (
+            masked_linear(x, weight, bias, (offset, gate))
+            if fast
+            else plain_masked_linear(x, weight, bias, [(offset, gate)])
+        )
+        dy = torch.randn_like(y) if dy is None else dy
+        results.append((y.detach(), *torch.autograd.grad(y, [x, offset], dy)))
+    return results
+
+
+def assert_same(results: list[tuple[Tensor, Tensor, Tensor]], **tolerance: float) -> None:
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, **tolerance)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=repr)
+class TestAgainstThePlainVersion:
+    @pytest.mark.parametrize("batch", BATCHES, ids=str)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_batch_shapes(self, gate: Gate, batch: tuple[int, ...], bias: bool) -> None:
+        # the order of three products differs, a few units of fp32's 6e-8
+        assert_same(both(*inputs(batch, bias=bias), gate), rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (3, 17), (31, 2)], ids=str)
+    def test_odd_shapes(self, gate: Gate, shape: tuple[int, int]) -> None:
+        assert_same(both(*inputs((2, 3), shape), gate), rtol=1e-5, atol=1e-6)
+
+    def test_fp64_throughout(self, gate: Gate) -> None:
+        results = both(*inputs((2, 3), dtype=torch.float64, offset_dtype=torch.float64), gate)
+        assert_same(results, rtol=1e-13, atol=1e-14)
+        assert all(tensor.dtype == torch.float64 for tensor in results[0])
+
+    def test_fp64_base_with_fp32_offsets(self, gate: Gate) -> None:
+        # fast rounds the gate's derivative to fp32 where the plain version rounds the finished gradient
+        assert_same(both(*inputs((2, 3), dtype=torch.float64), gate), rtol=1e-5, atol=1e-6)
+
+    def test_bf16_base_with_fp32_offsets(self, gate: Gate) -> None:
+        results = both(*inputs((2, 3), dtype=torch.bfloat16), gate)
+        assert [tensor.dtype for tensor in results[0]] == [torch.bfloat16, torch.bfloat16, torch.float32]
+        # both round W', y, dx and dy^T x to bf16 once, at the same places: what is left is the fp32 products' order
+        # and, where that falls on an edge, one bf16 step (2^-8)
+        assert_same(results, rtol=2**-8, atol=1e-3)
+
+    def test_bf16_offsets(self, gate: Gate) -> None:
+        results = both(*inputs((2, 3), dtype=torch.bfloat16, offset_dtype=torch.bfloat16), gate)
+        assert results[0][2].dtype == torch.bfloat16
+        # both compute the gate in fp32 and round the finished gradient once to bf16
+        assert_same(results, rtol=2**-7, atol=1e-3)
+
+    def test_fp32_input_on_a_bf16_base(self, gate: Gate) -> None:
+        _, weight, bias, offset = inputs(dtype=torch.bfloat16)
+        x = torch.randn(4, 7, requires_grad=True)
+        results = both(x, weight, bias, offset, gate)
+        assert results[0][0].dtype == torch.float32
+        assert_same(results, rtol=1e-5, atol=1e-6)
+
+    def test_under_autocast(self, gate: Gate) -> None:
+        x, weight, bias, offset = inputs((2, 3))
+        with torch.autocast("cpu", torch.bfloat16):
+            fast = masked_linear(x, weight, bias, (offset, gate))
+            plain = plain_masked_linear(x, weight, bias, [(offset, gate)])
+        assert fast.dtype == plain.dtype == torch.bfloat16
+        assert torch.equal(fast, plain)
+        dy = torch.randn_like(fast)
+        results = [torch.autograd.grad(y, [x, offset], dy) for y in (fast, plain)]
+        for one, other in zip(*results, strict=True):
+            assert one.dtype == other.dtype == torch.float32
+            # matrix products in bf16, 2^-8 each; the two round x and dx at different places
+            torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-6)
+
+    def test_input_that_is_not_contiguous(self, gate: Gate) -> None:
+        _, weight, bias, offset = inputs()
+        for x in (torch.randn(7, 4).T, torch.randn(3, 7, 2).transpose(1, 2), torch.randn(4, 14)[:, ::2]):
+            assert not x.is_contiguous()
+            assert_same(both(x.detach().requires_grad_(), weight, bias, offset, gate), rtol=1e-5, atol=1e-6)
+
+    def test_weight_that_is_not_contiguous(self, gate: Gate) -> None:
+        x, _, bias, offset = inputs()
+        weight = torch.randn(7, 5).T
+        assert_same(both(x, weight, bias, offset, gate), rtol=1e-5, atol=1e-6)
+
+    def test_gradient_that_is_expanded(self, gate: Gate) -> None:
+        x, weight, bias, offset = inputs((2, 3))
+        grads = [
+            torch.autograd.grad(y.sum(), [x, offset])  # the gradient of a sum is a scalar, expanded
+            for y in (
+                masked_linear(x, weight, bias, (offset, gate)),
+                plain_masked_linear(x, weight, bias, [(offset, gate)]),
+            )
+        ]
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+    def test_plain_is_the_textbook_product(self, gate: Gate) -> None:
+        x, weight, bias, offset = inputs()
+        expected = x @ (gate.value(offset, weight) * weight).T + bias
+        torch.testing.assert_close(plain_masked_linear(x, weight, bias, [(offset, gate)]), expected)
+
+    def test_saves_x_weight_and_offsets_and_nothing_else(self, gate: Gate) -> None:
+        x, weight, bias, offset = inputs((2, 3))
+        saved: list[Tensor] = []
+        with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+            masked_linear(x, weight, bias, (offset, gate))
+        assert [tensor.data_ptr() for tensor in saved] == [t.data_ptr() for t in (x, weight, offset)]
+
+    def test_saves_the_same_three_on_a_bf16_base(self, gate: Gate) -> None:
+        x, weight, bias, offset = inputs((2, 3), dtype=torch.bfloat16)
+        saved: list[Tensor] = []
+        with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+            masked_linear(x, weight, bias, (offset, gate))
+        assert [tensor.dtype for tensor in saved] == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("gate", EXACT, ids=repr)
+@pytest.mark.parametrize("batch", [(3,), (2, 2)], ids=str)
+def test_gradcheck_of_the_exact_gates(gate: Gate, batch: tuple[int, ...]) -> None:
+    x, weight, bias, offset = inputs(batch, (3, 4), torch.float64, torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: masked_linear(a, weight, bias, (b, gate)), (x, offset))
+    assert torch.autograd.gradcheck(lambda a, b: plain_masked_linear(a, weight, bias, [(b, gate)]), (x, offset))
+
+
+@pytest.mark.parametrize("gate", EXACT, ids=repr)
+def test_gradcheck_of_two_masks(gate: Gate) -> None:
+    x, weight, bias, offset = inputs((2,), (3, 4), torch.float64, torch.float64)
+    other = torch.randn_like(offset).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda a, b, c: plain_masked_linear(a, weight, bias, [(b, gate), (c, Centered())]), (x, offset, other)
+    )
+
+
+def test_masks_multiply() -> None:
+    x, weight, bias, _ = inputs()
+    # T = 1, m0 = 1/2: gates of sigmoid(ln 3) = 3/4 and 2 sigmoid(-ln 3) = 1/2
+    three_quarters = (torch.full((5, 7), 3.0).log(), Soft(0.5))
+    half = (-torch.full((5, 7), 3.0).log(), Centered())
+    y = plain_masked_linear(x, weight, bias, [three_quarters, half])
+    torch.testing.assert_close(y, x @ (weight * 0.375).T + bias)
+    torch.testing.assert_close(masked_weight(weight, [three_quarters, half]), weight * 0.375)
+
+
+def test_no_mask_leaves_the_weight() -> None:
+    x, weight, bias, _ = inputs()
+    assert masked_weight(weight, []) is weight
+    assert torch.equal(plain_masked_linear(x, weight, bias, []), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_masked_weight_is_computed_in_fp32_at_least() -> None:
+    weight, offset = torch.randn(3, 3).bfloat16(), torch.zeros(3, 3).bfloat16()
+    assert masked_weight(weight, [(offset, Centered())]).dtype == torch.float32
+    assert masked_weight(weight.double(), [(offset, Centered())]).dtype == torch.float64
+    # bf16 would round 0.998 to 1
+    gate = Soft(0.998)
+    assert (masked_weight(torch.ones(1, 1).bfloat16(), [(torch.zeros(1, 1), gate)]) < 1).all()
+
+
+@pytest.mark.parametrize("gate", [Normalized(0.98), Centered(), Threshold(0.98)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_zero_offsets_are_bit_equal_to_the_frozen_layer(gate: Gate, dtype: torch.dtype) -> None:
+    x, weight, bias, _ = inputs((2, 3), dtype=dtype)
+    y = masked_linear(x, weight, bias, (torch.zeros(5, 7), gate))
+    assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
+
+
+@dataclass
+class Counting:
+    """A gate that counts how often it is asked."""
+
+    calls: dict[str, int] = field(default_factory=lambda: {"value": 0, "derivative": 0})
+    identity_at_start = True
+
+    def value(self, offset: Tensor, weight: Tensor) -> Tensor:
+        self.calls["value"] += 1
+        return 1 + offset
+
+    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
+        self.calls["derivative"] += 1
+        return torch.ones_like(offset)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "calls"),
+    [
+        (("x", "offset"), {"value": 2, "derivative": 1}),
+        (("offset",), {"value": 1, "derivative": 1}),  # no gradient of x: the masked weight is not formed again
+        (("x",), {"value": 2, "derivative": 0}),
+    ],
+)
+def test_only_wanted_gradients_are_computed(wanted: tuple[str, ...], calls: dict[str, int]) -> None:
+    x, weight, bias, offset = inputs()
+    x.requires_grad_("x" in wanted)
+    offset.requires_grad_("offset" in wanted)
+    gate = Counting()
+    masked_linear(x, weight, bias, (offset, gate)).sum().backward()
+    assert gate.calls == calls
+    assert (x.grad is not None) == ("x" in wanted)
+    assert (offset.grad is not None) == ("offset" in wanted)
+
+
+def test_frozen_weight_and_bias_get_no_gradient() -> None:
+    x, weight, bias, offset = inputs()
+    masked_linear(x, weight, bias, (offset, Centered())).sum().backward()
+    assert weight.grad is None
+    assert bias is not None
+    assert bias.grad is None
+
+
+def test_empty_batch() -> None:
+    x, weight, bias, offset = inputs((0,))
+    y = masked_linear(x, weight, bias, (offset, Centered()))
+    assert y.shape == (0, 5)
+    y.sum().backward()
+    assert torch.equal(offset.grad, torch.zeros(5, 7))
