@@ -7,7 +7,7 @@ STAMP := .venv/.maskft-setup
 PARTS := requirements/demo-parts.txt
 PINS := requirements/constraints.txt
 
-.PHONY: setup demo test test-slow lint bench stage1
+.PHONY: setup demo test test-slow lint bench stage1 tables
 
 setup: $(STAMP)
 
@@ -43,5 +43,12 @@ test-slow: setup
 bench: setup
 	$(BIN)/python benchmarks/bench_step.py
 
+# Trains the projector that ships with the embedded base and puts it, with the record of its run, where it ships.
 stage1: setup
 	$(BIN)/maskft train recipes/stage1-projector.yaml --output runs/stage1
+	$(BIN)/maskft evaluate runs/stage1 --split validation --show 0
+	cd runs/stage1 && cp projector.safetensors recipe.yaml metrics.json log.json environment.json \
+		../../src/maskft/vlm/assets/
+
+tables: setup
+	$(BIN)/python -m maskft.report.results readme studies/quickstart README.md

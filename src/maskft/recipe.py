@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
@@ -131,7 +131,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}.")
@@ -156,7 +156,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"'{override}' is not an override; write key=value, for example training.max_steps=24.")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from error
     *sections, last = key.split(".")
     target = content
@@ -169,13 +169,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any, content: dict[str, Any]) -> str:
     """One line for one of pydantic's errors, in terms of the file's keys."""
-    path = [str(piece) for piece in error["loc"]]
-    if len(path) > 1 and path[1] == _tag(content, path[0]):
-        del path[1]  # pydantic puts the variant's name into the path
-    key = ".".join(path)
+    key = ".".join(_path(error["loc"], content, missing=error["type"] == "missing"))
     if error["type"] == "extra_forbidden":
         allowed = _allowed(error["loc"][:-1])
-        return f"unknown key '{key}'.{did_you_mean(path[-1], allowed)} Allowed there: {', '.join(allowed)}."
+        return f"unknown key '{key}'.{did_you_mean(str(error["loc"][-1]), allowed)} Allowed there: {', '.join(allowed)}."
     if error["type"] == "missing":
         return f"'{key}' is missing."
     if error["type"].startswith("union_tag"):
@@ -185,9 +182,15 @@ def _explain(error: Any, content: dict[str, Any]) -> str:
     return f"'{key}' is {error['input']!r}: {error['msg']}."
 
 
-def _tag(content: dict[str, Any], section: str) -> str | None:
-    part = content.get(section)
-    return part.get("kind") or part.get("name") or "mask" if isinstance(part, dict) else None
+def _path(loc: Sequence[str | int], content: Any, *, missing: bool) -> list[str]:
+    """The pieces of a place that are in the file; pydantic also puts names of a union's variants there."""
+    path = []
+    for piece in loc:
+        inside = piece in content if isinstance(content, dict) else isinstance(content, list) and isinstance(piece, int)
+        if inside:
+            content = content[piece]
+            path.append(str(piece))
+    return [*path, str(loc[-1])] if missing else path
 
 
 def _allowed(loc: Iterable[Any]) -> list[str]:

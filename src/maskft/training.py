@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import set_seed
 from trl import SFTConfig
 
 from maskft.data import Collator, check
@@ -53,6 +54,7 @@ _OURS = {
     "output_dir": "use --output",
     "push_to_hub": "push the exported folder yourself",
     "resume_from_checkpoint": "a repeated call on the same --output resumes",
+    "dataset_kwargs": "the data is prepared already",
     "remove_unused_columns": "the collator needs every column",
 }
 
@@ -111,6 +113,7 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
         say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
     model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    set_seed(arguments.seed)  # hard masks may start random
     if isinstance(recipe.method, MaskMethod):
         model = attach(model, recipe.method.config())
     else:
