@@ -172,7 +172,8 @@ def _explain(error: Any, content: dict[str, Any]) -> str:
     key = ".".join(_path(error["loc"], content, missing=error["type"] == "missing"))
     if error["type"] == "extra_forbidden":
         allowed = _allowed(error["loc"][:-1])
-        return f"unknown key '{key}'.{did_you_mean(str(error["loc"][-1]), allowed)} Allowed there: {', '.join(allowed)}."
+        nearest = did_you_mean(str(error["loc"][-1]), allowed)
+        return f"unknown key '{key}'.{nearest} Allowed there: {', '.join(allowed)}."
     if error["type"] == "missing":
         return f"'{key}' is missing."
     if error["type"].startswith("union_tag"):
