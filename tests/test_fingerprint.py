@@ -22,7 +22,7 @@ def weights() -> dict[str, Tensor]:
 def test_pinned_value() -> None:
     # a change of the hash would orphan every saved adapter
     given = {"layer": torch.tensor([[1.0, -2.0], [0.5, 0.0]])}
-    bf16 = bytes.fromhex("803f" "00c0" "003f" "0000")  # little-endian upper halves of the fp32 numbers
+    bf16 = bytes.fromhex("803f00c0003f0000")  # little-endian upper halves of the fp32 numbers
     assert fingerprint(given) == hashlib.sha256(b"layer (2, 2)\n" + bf16).hexdigest()
     assert fingerprint(given).startswith("efc7637f090aabf7")
 

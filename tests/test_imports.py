@@ -19,15 +19,16 @@ LEVELS = {
     **dict.fromkeys(("tuner", "optim"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters"), 4),
     "runs": 5,
-    "training": 6,
-    **dict.fromkeys(("evaluation", "analysis"), 7),
-    "studies": 8,
-    **dict.fromkeys(("cli", "app", "report"), 9),
+    "trainer": 6,
+    "training": 7,
+    **dict.fromkeys(("evaluation", "analysis"), 8),
+    "studies": 9,
+    **dict.fromkeys(("cli", "app", "report"), 10),
 }
 PURE = ("gates", "scores", "linear", "fingerprint")
 HOMES = {
     "peft": {"tuner"},
-    "trl": {"training"},
+    "trl": {"trainer", "training"},
     "easy_vqa": {"data"},
     "gguf": {"vlm"},
     "onnx": {"vlm"},

@@ -258,7 +258,9 @@ class TestFiles:
         with pytest.raises(RecipeError, match="cannot read the recipe"):
             load_recipe(tmp_path)
 
-    @pytest.mark.parametrize("text", ["data: [1", "a: b: c", "a: 2024-99-99", "\tdata: x", "!!python/object:os.system {}"])
+    @pytest.mark.parametrize(
+        "text", ["data: [1", "a: b: c", "a: 2024-99-99", "\tdata: x", "!!python/object:os.system {}"]
+    )
     def test_invalid_yaml(self, text: str, message) -> None:
         assert "is not valid YAML" in message(text)
 

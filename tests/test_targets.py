@@ -163,10 +163,26 @@ def test_language_model_alone() -> None:
 @pytest.mark.parametrize(
     ("build_text", "attention", "feed_forward"),
     [
-        (lambda: t.OPTForCausalLM(t.OPTConfig(hidden_size=24, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2)), 8, 4),
-        (lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)), 4, 4),
+        (
+            lambda: t.OPTForCausalLM(
+                t.OPTConfig(hidden_size=24, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2)
+            ),
+            8,
+            4,
+        ),
+        (
+            lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2)),
+            4,
+            4,
+        ),
         (lambda: t.Phi3ForCausalLM(t.Phi3Config(**{**TEXT, "num_hidden_layers": 2})), 4, 4),
-        (lambda: t.BertModel(t.BertConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)), 8, 4),
+        (
+            lambda: t.BertModel(
+                t.BertConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+            ),
+            8,
+            4,
+        ),
     ],
     ids=["opt", "gpt-neox", "phi3", "bert"],
 )

@@ -6,14 +6,15 @@ function of the offset (and, where the start depends on it, of the frozen weight
     soft        m = sigmoid(S/T)                   published S-MFT [1]; starts at m0 = `init_gate`
     normalized  m = sigmoid(S/T) / m0              starts at exactly 1, range (0, 1/m0)
     centered    m = 2 sigmoid(S/T)                 starts at exactly 1, range (0, 2); S starts at 0
-    topk        m = 1 if |S| is among the round(keep_ratio * n) largest of its matrix, else 0   published H-MFT [1]
+    topk        m = 1 if |S| is among the round(keep_ratio * n) largest of its matrix, else 0   H-MFT [1]
     threshold   m = 1 if S >= 0, else 0            starts at all ones
 
 In soft, normalized and threshold S starts at s0 = T * logit(m0). Soft gates have the exact derivative dm/dD or, on
 request, the straight-through one, dm/dS = 1. The hard gates have only the straight-through one; for topk, whose
 mask is made of |S|, that is sign(S).
 
-[1] "Rethinking Fine-Tuning: Unlocking Hidden Capabilities in Vision-Language Models", arXiv 2512.23073.
+[1] "Rethinking Fine-Tuning: Unlocking Hidden Capabilities in Vision-Language Models", arXiv 2512.23073. Ranking by
+    matrix, the factor sign(S) and random starts follow the code of its predecessor, arXiv 2503.22764.
 
 All functions are element-wise over tensors of one shape, the weight's, and compute in the dtype of `offset`.
 """
@@ -40,8 +41,11 @@ class Gate(Protocol):
         """m, in the dtype of `offset`."""
         ...
 
-    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
-        """dm/dD, in the dtype of `offset`: exact, or what stands in for it in the backward pass."""
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
+        """dm/dD, in the dtype of `offset`: exact, or what stands in for it in the backward pass.
+
+        `value` is m, where the caller has it already. The result is a tensor of its own, which the caller may change.
+        """
         ...
 
 
@@ -63,11 +67,11 @@ class Soft:
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return torch.sigmoid(offset / self.temperature + _logit(self.init_gate))
 
-    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         if self.straight_through:
             return torch.ones_like(offset)
-        m = self.value(offset, weight)
-        return m * (1 - m) / self.temperature
+        m = self.value(offset, weight) if value is None else value
+        return _scaled_product(m, 1.0, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,12 @@ class Normalized:
         decay = torch.expm1(offset / -self.temperature)
         return decay.mul_(1 - self.init_gate).add_(1).reciprocal_()
 
-    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         if self.straight_through:
             return torch.ones_like(offset)
         # exp(-d) (1 - m0) = (1/m - m0), which stays finite where exp(-d) m^2 would be infinity times zero
-        m = self.value(offset, weight)
-        return m * (1 - self.init_gate * m) / self.temperature
+        m = self.value(offset, weight) if value is None else value
+        return _scaled_product(m, self.init_gate, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,11 @@ class Centered:
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return torch.tanh(offset / (2 * self.temperature)).add_(1)
 
-    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         if self.straight_through:
             return torch.ones_like(offset)
-        m = self.value(offset, weight)
-        return m * (2 - m) / (2 * self.temperature)
+        m = self.value(offset, weight) if value is None else value
+        return _scaled_product(m, 0.5, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ class TopK:
     """1 for the round(keep_ratio * n) entries of the matrix with the largest |S|, else 0 (H-MFT).
 
     Ties go to the entry that comes first in memory order. S = start + D, where the start is |W| over its root mean
-    square (`magnitude_start`: the first mask cuts the smallest weights) or zero (D itself then starts random, as
-    published).
+    square (`magnitude_start`: the first mask cuts the smallest weights) or zero (D itself then starts random, as in the
+    predecessor's code).
     """
 
     keep_ratio: float
@@ -138,7 +142,7 @@ class TopK:
         keep = round(self.keep_ratio * size.numel())
         return _largest(size, keep).to(offset.dtype).view_as(offset)
 
-    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         return torch.sign(self.score(offset, weight))
 
 
@@ -153,8 +157,13 @@ class Threshold:
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return (offset >= -self.temperature * _logit(self.init_gate)).to(offset.dtype)
 
-    def derivative(self, offset: Tensor, weight: Tensor) -> Tensor:
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         return torch.ones_like(offset)
+
+
+def _scaled_product(m: Tensor, share: float, temperature: float) -> Tensor:
+    """m (1 - share * m) / T, the derivative that all sigmoid gates have in common (share = m0, or 1, or 1/2)."""
+    return (m * (-share / temperature)).add_(1 / temperature).mul_(m)
 
 
 def _logit(p: float) -> float:

@@ -27,7 +27,7 @@ def masked_weight(weight: Tensor, masks: Sequence[Mask]) -> Tensor:
     """W' = W * m_1(D_1) * m_2(D_2) ..., (out, in), in the dtype of the gates (at least fp32)."""
     product = weight
     for offset, gate in masks:
-        product = gate.value(_wide(offset), weight) * product
+        product = gate.value(_wide(offset), weight).mul_(product)
     return product
 
 
@@ -71,13 +71,14 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         x, weight, offset = ctx.saved_tensors
-        dy = grads[0]
+        dy, d = grads[0], _wide(offset)
+        m = ctx.gate.value(d, weight)
         dx = doffset = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ masked_weight(weight, [(offset, ctx.gate)]).to(dy.dtype)
         if ctx.needs_input_grad[3]:
             dweight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
-            doffset = ctx.gate.derivative(_wide(offset), weight).mul_(weight).mul_(dweight).to(offset.dtype)
+            doffset = ctx.gate.derivative(d, weight, m).mul_(weight).mul_(dweight).to(offset.dtype)
+        if ctx.needs_input_grad[0]:
+            dx = dy @ m.mul_(weight).to(dy.dtype)
         return dx, None, None, doffset, None
 
 

@@ -11,19 +11,40 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from maskft.errors import RecipeError, UserError, did_you_mean, gathered
 from maskft.tuner import MaskConfig
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number, as YAML 1.2 does."""
+    """YAML that reads 1e-3 as a number and `no` as a word, as YAML 1.2 does."""
 
+    yaml_implicit_resolvers = {  # noqa: RUF012 (typed by the base class)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def _absolute(path: Path) -> Path:
+    """Paths are relative to the folder of the call, and kept whole so that a run can be used from any folder."""
+    return path.expanduser().absolute()
+
+
+def _absolute_folder(base: str) -> str:
+    return str(_absolute(Path(base))) if Path(base).expanduser().is_dir() else base
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
 class _Section(BaseModel):
@@ -33,10 +54,12 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The frozen base model."""
 
-    base: str = "embedded"
+    base: Annotated[str, AfterValidator(_absolute_folder)] = "embedded"
     """A folder or hub id of an image-text-to-text model; "embedded" (the composed demo model) or
     "embedded-unaligned" (the same before its projector was trained)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attention: str | None = None
+    """Transformers' attn_implementation, such as "sdpa", "eager" or "flash_attention_2"; default: its own choice."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model folder. Only for folders you trust."""
 
@@ -89,10 +112,10 @@ class FilesData(_Section):
     """LLaVA JSON, or messages + images as JSON, JSON lines, parquet or a saved Hugging Face data set."""
 
     kind: Literal["files"]
-    train: Path
-    validation: Path | None = None
-    test: Path | None = None
-    image_root: Path | None = None
+    train: AbsolutePath
+    validation: AbsolutePath | None = None
+    test: AbsolutePath | None = None
+    image_root: AbsolutePath | None = None
     """Folder that image paths are relative to; default: the folder of each file."""
     format: Literal["auto", "llava", "messages"] = "auto"
     split: Split = Split()

@@ -6,7 +6,8 @@ checkpoints/checkpoint-N/   for resuming
 adapter_model.safetensors   the result (projector.safetensors after stage 1)
 adapter_config.json
 log.json                    the training log, one entry a logging step
-metrics.json                train, and after `maskft evaluate`: base, tuned, test_examples
+metrics.json                train, and after `maskft evaluate`: base, tuned, blind, test_examples (those of
+                                another split under its name)
 answers-<split>.jsonl       every test question with both answers
 """
 
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image
-from maskft.errors import AdapterError, DataError, RecipeError, RunError
+from maskft.errors import DataError, ModelError, RecipeError, RunError
 from maskft.recipe import EasyVqaData, MaskMethod, Recipe, load_recipe
+from maskft.targets import PARTS
 from maskft.tuner import attach_saved
 from maskft.vlm.load import load_model, load_processor
 
@@ -95,7 +97,8 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     """The recipe's data sets by split: "train", and "validation" and "test" where there are any.
 
     Raises:
-        DataError: a file has a flaw, or images of the training part appear in a held-out part.
+        DataError: a file has a flaw, or two parts share images.
+        RecipeError: a part is given twice.
     """
     data = recipe.data
     if isinstance(data, EasyVqaData):
@@ -111,12 +114,17 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
         path = getattr(data, name)
         if path is not None:
             parts[name] = read(path, format=data.format, image_root=data.image_root)
-            if shared := leaked_images(parts["train"], parts[name]):
-                raise DataError(
-                    f"{shared} images of {data.train} appear in {path} too; a {name} set must hold other images. "
-                    f"Remove them, or let data.split.{name} hold out part of the training file by image."
-                )
+    _refuse_leaks(parts)
     return {name: part for name, part in parts.items() if len(part)}
+
+
+def _refuse_leaks(parts: Mapping[str, Any]) -> None:
+    for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        if first in parts and second in parts and (shared := leaked_images(parts[first], parts[second])):
+            raise DataError(
+                f"{shared} images of the {first} part appear in the {second} part too; held-out parts must hold other "
+                "images. Remove them, or let data.split hold out parts of the training file by image."
+            )
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,12 @@ def load_run(run: Path) -> LoadedRun:
         raise RunError(f"the run {run} has not finished: {result} is missing. Resume it with the same train command.")
     section = recipe.model
     processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
-    model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model = load_model(
+        section.base,
+        dtype=section.dtype,
+        attention=section.attention,
+        trust_remote_code=section.trust_remote_code,
+    )
     if masked:
         return LoadedRun(run, recipe, attach_saved(model, run).eval(), processor)
     from safetensors.torch import load_file
@@ -174,10 +187,10 @@ def find_projector(model: Any) -> Any:
     """The module between vision encoder and language model.
 
     Raises:
-        AdapterError: the model has none by a known name.
+        ModelError: the model has none by a known name.
     """
-    names = ("multi_modal_projector", "connector", "merger")
+    names = PARTS["projector"]
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] in names:
             return module
-    raise AdapterError(f"{type(model).__name__} has no projector; looked for {', '.join(names)}.")
+    raise ModelError(f"{type(model).__name__} has no projector; looked for {', '.join(sorted(names))}.")

@@ -18,7 +18,7 @@ from maskft.errors import ModelError
 SCOPES = ("language", "projector", "vision")
 MODULES = ("attn", "mlp", "both")
 
-_PARTS = {
+PARTS = {
     "projector": {
         "multi_modal_projector",
         "mm_projector",
@@ -95,19 +95,18 @@ def _linear_layers(model: nn.Module) -> list[str]:
     inside_attention = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
     )
-    return [
-        name
+    names = [
+        name.removesuffix(".base_layer")  # where an adapter wraps the layer already
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not name.startswith(inside_attention or ("\0",))
-        and name.rsplit(".", 1)[-1] not in _HEADS
+        if isinstance(module, nn.Linear) and not name.startswith(inside_attention or ("\0",))
     ]
+    return [name for name in names if name.rsplit(".", 1)[-1] not in _HEADS]
 
 
 def _part(name: str) -> str:
     """Part of the model a module name belongs to; a projector inside the vision encoder counts as projector."""
     path = set(name.split("."))
-    for part, names in _PARTS.items():
+    for part, names in PARTS.items():
         if path & names:
             return part
     return "other"

@@ -47,8 +47,11 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "weight_decay": 0.0,
     "max_length": 2048,
-    "learning_rate": 0.1,  # of scores; other methods set theirs
-    "adam_epsilon": 1e-12,  # score gradients carry a factor |W| m0 (1 - m0), about 4e-4: 1e-8 would damp them
+}
+_METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    # score gradients carry a factor |W| m0 (1 - m0), about 4e-4, and Adam's usual eps of 1e-8 would damp them
+    "mask": {"learning_rate": 0.1, "adam_epsilon": 1e-12},
+    "projector": {"learning_rate": 1e-3, "adam_epsilon": 1e-8},
 }
 _OURS = {
     "output_dir": "use --output",
@@ -78,7 +81,7 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
         "fp16": recipe.model.dtype == "float16",
         "use_cpu": not torch.accelerator.is_available(),
     }
-    values = {**_DEFAULTS, **computed, **recipe.training}
+    values = {**_DEFAULTS, **_METHOD_DEFAULTS[recipe.method.name], **computed, **recipe.training}
     try:
         return SFTConfig(
             output_dir=str(output / CHECKPOINTS),
@@ -105,33 +108,19 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
     if _finished(recipe, output):
         say(f"{output} already holds a finished run of this recipe.")
         return read_metrics(output)
-    arguments = training_arguments(recipe, output)
-    parts = load_data(recipe)
-    section = recipe.model
-    processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
-    for name, part in parts.items():
-        summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
-        say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
-    model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    set_seed(arguments.seed)  # hard masks may start random
-    if isinstance(recipe.method, MaskMethod):
-        model = attach(model, recipe.method.config())
-    else:
-        _unfreeze_projector(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) - (trainable if isinstance(recipe.method, MaskMethod) else 0)
-    say(f"training {trainable:,} parameters beside a base of {total:,}")
+    ready = _prepare(recipe, output, say)
+    say(f"training {ready.trainable:,} parameters beside a base of {ready.base_parameters:,}")
 
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / RECIPE, recipe.to_yaml())
     write_json(output / "environment.json", environment())
     _keep_freed_memory()
     trainer = make_trainer(
-        model,
-        arguments,
-        collator=Collator(processor, arguments.max_length),
-        processor=processor,
-        parts=parts,
+        ready.model,
+        ready.arguments,
+        collator=Collator(ready.processor, ready.arguments.max_length),
+        processor=ready.processor,
+        parts=ready.parts,
         log=output / LOG,
     )
     checkpoint = newest_checkpoint(output)
@@ -149,10 +138,10 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
                 "seconds": round(seconds, 1),
                 "steps": state.global_step,
                 "epochs": round(trainer.state.epoch or 0.0, 4),
-                "examples": len(parts["train"]),
+                "examples": len(ready.parts["train"]),
                 "loss": round(state.training_loss, 4),
-                "trainable_parameters": trainable,
-                "base_parameters": total,
+                "trainable_parameters": ready.trainable,
+                "base_parameters": ready.base_parameters,
                 "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
             }
         },
@@ -166,27 +155,59 @@ def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
     Raises:
         RecipeError, DataError, ModelError: as `train`.
     """
+    ready = _prepare(recipe, output, lambda text: None)
+    checkpoint = newest_checkpoint(output)
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "output": str(output),
+        **{f"{name}_examples": len(part) for name, part in ready.parts.items()},
+        "longest_example_tokens": ready.longest,
+        "base_parameters": ready.base_parameters,
+        "trainable_parameters": ready.trainable,
+        "masked_modules": list(getattr(ready.model, "targeted_module_names", [])),
+        "would_resume_from": str(checkpoint) if checkpoint else None,
+        "training_arguments": ready.arguments.to_dict(),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """What a recipe asks for, loaded and checked."""
+
+    arguments: Any
+    parts: dict[str, Any]
+    processor: Any
+    model: Any
+    longest: int
+    base_parameters: int
+    trainable: int
+
+
+def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
+    """Load and check everything, cheapest first, writing nothing."""
     arguments = training_arguments(recipe, output)
     parts = load_data(recipe)
     section = recipe.model
     processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
-    model = load_model(section.base, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    seen: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "output": str(output)}
+    longest = 0
     for name, part in parts.items():
-        seen[f"{name}_examples"] = len(part)
-    summary = check(parts["train"], processor=processor, max_length=arguments.max_length)
-    seen["longest_example_tokens"] = summary.longest
-    seen["base_parameters"] = sum(p.numel() for p in model.parameters())
+        summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
+        say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
+        longest = max(longest, summary.longest or 0)
+    model = load_model(
+        section.base,
+        dtype=section.dtype,
+        attention=section.attention,
+        trust_remote_code=section.trust_remote_code,
+    )
+    base_parameters = sum(p.numel() for p in model.parameters())
+    set_seed(arguments.seed)  # hard masks may start random
     if isinstance(recipe.method, MaskMethod):
         model = attach(model, recipe.method.config())
-        seen["masked_modules"] = list(model.targeted_module_names)
     else:
         _unfreeze_projector(model)
-    seen["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    checkpoint = newest_checkpoint(output)
-    seen["would_resume_from"] = str(checkpoint) if checkpoint else None
-    seen["training_arguments"] = arguments.to_dict()
-    return seen
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _Ready(arguments, parts, processor, model, longest, base_parameters, trainable)
 
 
 def newest_checkpoint(output: Path) -> Path | None:

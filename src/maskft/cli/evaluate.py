@@ -26,7 +26,10 @@ def run(folder: Path, *, split: str, limit: int | None, show: int, as_json: bool
     console.print(_score_table(scores, scores[f"{split}_examples"], read_metrics(folder)["train"]))
     if show:
         console.print(_answer_table(records, show))
-    console.print(f"answers  {folder / f'answers-{split}.jsonl'}\nmetrics  {folder / 'metrics.json'}")
+    if limit is None:
+        console.print(f"answers  {folder / f'answers-{split}.jsonl'}\nmetrics  {folder / 'metrics.json'}")
+    else:
+        console.print(f"the first {limit} questions only: nothing was written")
 
 
 def _score_table(scores: dict[str, Any], examples: int, trained: dict[str, Any]) -> Table:

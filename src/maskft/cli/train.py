@@ -25,7 +25,7 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
     result_console(as_json).print(
         f"trained {trained['steps']} steps in {trained['seconds']:.0f} s, mean loss {trained['loss']:.3f}; "
         f"{trained['trainable_parameters']:,} trainable parameters ({100 * share:.1f} % of the base's)\n"
-        f"run      {output}\nadapter  {output / result}\nnext     maskft evaluate {output}"
+        f"run      {output}\nresult   {output / result}\nnext     maskft evaluate {output}"
     )
 
 

@@ -25,7 +25,8 @@ def evaluate_run(
     """Answer every held-out question with the base and the tuned model.
 
     Writes `answers-<split>.jsonl`, and for the test split the entries base, tuned, blind and test_examples of
-    metrics.json (for another split one entry under its name).
+    metrics.json (for another split one entry under its name). With a limit nothing is written, so that a quick look
+    never takes the place of a result.
 
     Args:
         run: a finished run's folder.

@@ -33,12 +33,13 @@ def load_processor(base: str, *, trust_remote_code: bool = False) -> Any:
     return processor
 
 
-def load_model(base: str, *, dtype: str, trust_remote_code: bool = False) -> Any:
+def load_model(base: str, *, dtype: str, attention: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load an image-text-to-text model in evaluation mode, its weights frozen.
 
     Args:
         base: "embedded", "embedded-unaligned", a folder, or a hub id.
         dtype: "float32", "bfloat16" or "float16".
+        attention: Transformers' attn_implementation; None leaves the choice to it.
         trust_remote_code: allow Python code from the model's folder to run.
 
     Raises:
@@ -46,11 +47,16 @@ def load_model(base: str, *, dtype: str, trust_remote_code: bool = False) -> Any
     """
     from transformers import AutoModelForImageTextToText
 
+    source = _source(base)
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            _source(base), dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+            source,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load '{base}' as an image-text-to-text model: {error}") from error
     return model.requires_grad_(False).eval()
 
