@@ -76,7 +76,7 @@ class TestDefaults:
     def test_files(self, load) -> None:
         data = load("data: {kind: files, train: a.json, split: {validation: 0.1}}").data
         assert isinstance(data, FilesData)
-        assert (data.train, data.test, data.split.validation, data.split.test) == (Path("a.json"), None, 0.1, 0.0)
+        assert (data.train.name, data.test, data.split.validation, data.split.test) == ("a.json", None, 0.1, 0.0)
 
 
 class TestRoundTrip:
@@ -97,6 +97,7 @@ class TestRoundTrip:
             DATA + "method: {init_weights: random, gate: topk}",
             DATA + "method: {name: projector}",
             "data: {kind: files, train: a b/ü.json, image_root: /x, format: llava, split: {test: 0.25, seed: 3}}",
+            DATA + "training: {run_name: '1e3', a: '1.0', b: 'true', c: 'null', d: '2024-01-01', e: 'off', f: '0x1'}",
             DATA + "training: {learning_rate: 1e-3, report_to: [], nested: {a: 1}, none: null, flag: 'no'}",
         ],
     )

@@ -4,8 +4,8 @@
 at once (they multiply), and keeps the gates and the masked weight of every layer alive; tests compare the two,
 forward and every gradient.
 
-Shapes: x (..., in), W and D (out, in), b (out). The gate is computed in fp32 (or in D's dtype, if wider), since bf16
-cannot tell 0.998 from 1; the masked weight is rounded once, to the dtype of x.
+Shapes: x (..., in), W and D (out, in), b (out). The gate is computed in fp32 (or in the dtype of D or W, if wider), since
+bf16 cannot tell 0.998 from 1; the masked weight is rounded once, to the dtype of x.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def masked_weight(weight: Tensor, masks: Sequence[Mask]) -> Tensor:
     """W' = W * m_1(D_1) * m_2(D_2) ..., (out, in), in the dtype of the gates (at least fp32)."""
     product = weight
     for offset, gate in masks:
-        product = gate.value(_wide(offset), weight).mul_(product)
+        product = gate.value(_wide(offset, weight), weight).mul_(product)
     return product
 
 
@@ -41,7 +41,7 @@ def plain_masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, masks: S
     """The same for any number of masks, by autograd alone."""
     product = weight
     for offset, gate in masks:
-        product = _Gated.apply(_wide(offset), weight, gate) * product  # type: ignore[no-untyped-call]
+        product = _Gated.apply(_wide(offset, weight), weight, gate) * product  # type: ignore[no-untyped-call]
     return F.linear(x, product.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -71,7 +71,7 @@ class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         x, weight, offset = ctx.saved_tensors
-        dy, d = grads[0], _wide(offset)
+        dy, d = grads[0], _wide(offset, weight)
         m = ctx.gate.value(d, weight)
         dx = doffset = None
         if ctx.needs_input_grad[3]:
@@ -82,5 +82,6 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, None, None, doffset, None
 
 
-def _wide(offset: Tensor) -> Tensor:
-    return offset.to(torch.promote_types(offset.dtype, torch.float32))
+def _wide(offset: Tensor, weight: Tensor) -> Tensor:
+    """D in the dtype to compute the gate in."""
+    return offset.to(torch.promote_types(torch.promote_types(offset.dtype, weight.dtype), torch.float32))

@@ -104,23 +104,24 @@ class TestErrors:
         assert "scope has ['y']" in str(caught.value)
 
 
-class TestStoring:
-    FULL: dict[str, Any] = {
-        "gate": "topk",
-        "temperature": 0.5,
-        "init_gate": 0.9,
-        "straight_through": True,
-        "keep_ratio": 0.25,
-        "scope": ["vision"],
-        "modules": "mlp",
-        "layers": [0, 2],
-        "target_modules": ["q_proj", "k_proj"],
-        "exclude_modules": ["x"],
-        "modules_to_save": ["lm_head"],
-        "init_weights": "random",
-        "base_fingerprint": "abc",
-    }
+FULL: dict[str, Any] = {
+    "gate": "topk",
+    "temperature": 0.5,
+    "init_gate": 0.9,
+    "straight_through": True,
+    "keep_ratio": 0.25,
+    "scope": ["vision"],
+    "modules": "mlp",
+    "layers": [0, 2],
+    "target_modules": ["q_proj", "k_proj"],
+    "exclude_modules": ["x"],
+    "modules_to_save": ["lm_head"],
+    "init_weights": "random",
+    "base_fingerprint": "abc",
+}
 
+
+class TestStoring:
     @pytest.mark.parametrize("fields", [{}, FULL, {"target_modules": "all-linear", "layers": "0-3"}])
     def test_round_trip(self, fields: dict[str, Any], tmp_path: Path) -> None:
         config = MaskConfig(**fields)
@@ -145,5 +146,5 @@ class TestStoring:
         assert config.peft_type is PeftType.MASK
 
     def test_copies(self) -> None:
-        config = MaskConfig(**self.FULL)
+        config = MaskConfig(**FULL)
         assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config

@@ -162,7 +162,7 @@ class TestFingerprint:
         for load in (PeftModel.from_pretrained, attach_saved):
             model = tiny_llama()
             model.model.layers[1].mlp.down_proj.weight.data[3, 2] += 1
-            with pytest.raises(AdapterError, match="trained on another base.*set base_fingerprint to null"):
+            with pytest.raises(AdapterError, match=r"trained on another base.*set base_fingerprint to null"):
                 load(model, saved)
 
     def test_change_of_a_weight_that_is_not_masked_is_accepted(self, saved: Path) -> None:
