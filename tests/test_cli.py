@@ -55,7 +55,7 @@ CASES = {
         ["train.json item 1", "1 image(s) but 2"],
     ),
     "unreadable image": ([GOOD, item(image="broken.png")], (), ["train.json item 1", "broken.png"]),
-    "empty data set": ([], (), ["train.json", "empty"]),
+    "empty data set": ([], (), ["train.json", "no rows"]),
     "max_length cuts image tokens": ([GOOD], ("training.max_length=32",), ["image tokens would be cut", "max_length"]),
     "all labels masked": ([GOOD, item(conversations=turns("<image>What?", ""))], (), ["train.json item 1", "masked"]),
     "target that matches nothing": (

@@ -4,8 +4,8 @@
 at once (they multiply), and keeps the gates and the masked weight of every layer alive; tests compare the two,
 forward and every gradient.
 
-Shapes: x (..., in), W and D (out, in), b (out). The gate is computed in fp32 (or in the dtype of D or W, if wider), since
-bf16 cannot tell 0.998 from 1; the masked weight is rounded once, to the dtype of x.
+Shapes: x (..., in), W and D (out, in), b (out). The gate is computed in fp32 (or in the dtype of D or W, if
+wider), since bf16 cannot tell 0.998 from 1; the masked weight is rounded once, to the dtype of x.
 """
 
 from __future__ import annotations
