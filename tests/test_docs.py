@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,10 @@ def blocks() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "code"), blocks(), ids=[name for name, _ in blocks()])
 def test_block_runs(name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, name, "exec"), {"base_folder": embedded_base(), "work": tmp_path, "__name__": "docs"})
+    page = types.ModuleType("page")
+    page.__dict__.update(base_folder=embedded_base(), work=tmp_path)
+    monkeypatch.setitem(sys.modules, "page", page)  # dataclasses look their module up
+    exec(compile(code, name, "exec"), page.__dict__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -38,7 +38,7 @@ class Gate(Protocol):
         ...
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
-        """m, in the dtype of `offset`."""
+        """m, in the dtype of `offset`, as a tensor of its own."""
         ...
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:

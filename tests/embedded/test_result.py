@@ -64,7 +64,7 @@ def test_unmerged_merged_and_exported_models_agree(
     with torch.inference_mode():
         assert torch.equal(model(**probe).logits, unmerged_logits)
     assert generate_answers(model, processor, questions, **SETTINGS) == unmerged
-    assert not any("mask" in name for name, _ in model.named_parameters())
+    assert not any("mask_scores" in name for name, _ in model.named_parameters())
 
 
 def test_base_context_gives_the_base_back(run: Path, questions: list[dict]) -> None:

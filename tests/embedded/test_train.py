@@ -100,13 +100,13 @@ def test_a_killed_run_resumes_and_ends_with_the_same_adapter(tmp_path: Path) -> 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(_command(whole), check=True, capture_output=True, env=environment)
 
-    process = subprocess.Popen(_command(killed), stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    for _ in iter(lambda: process.stderr.read(1), ""):  # the bar redraws after every step
-        if (killed / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file():
-            break
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    with subprocess.Popen(_command(killed), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for _ in iter(lambda: process.stderr.read(1), ""):  # the bar redraws after every step
+            if (killed / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file():
+                break
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     assert not (killed / "adapter_model.safetensors").exists()
 
     resumed = subprocess.run(_command(killed), check=True, capture_output=True, text=True, env=environment)

@@ -93,6 +93,10 @@ class MaskConfig(PeftConfig):
             problems.append("target_parameters is set; only modules can be masked: use target_modules.")
         return problems
 
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, with sets sorted, so that the same adapter is the same file."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
     def make_gate(self) -> Gate:
         """The gate these fields describe."""
         gates: dict[str, Any] = {
