@@ -280,3 +280,15 @@ def test_recipes_cannot_be_changed(load) -> None:
     recipe = load(DATA)
     with pytest.raises(ValueError, match="frozen"):
         recipe.model.base = "other"
+
+
+def test_the_schema_names_the_gates_and_fields_of_mask_config() -> None:
+    from dataclasses import fields
+    from typing import get_args
+
+    from maskft.recipe import MaskMethod
+    from maskft.tuner.config import GATES, MaskConfig
+
+    assert get_args(MaskMethod.model_fields["gate"].annotation) == GATES
+    assert set(MaskMethod.model_fields) - {"name"} <= {field.name for field in fields(MaskConfig)}
+    assert MaskMethod().config().to_dict() == MaskConfig().to_dict()

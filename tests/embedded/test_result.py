@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,49 @@ def test_base_context_gives_the_base_back(run: Path, questions: list[dict]) -> N
         with loaded.base() as model:
             assert torch.equal(model(**probe).logits, expected)
         assert not torch.equal(loaded.model(**probe).logits, expected)
+
+
+def test_an_adapter_for_another_base_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.json"):
+        os.link(run / name, other / name)
+    recipe = (run / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("base: embedded", "base: embedded-unaligned"))
+    monkeypatch.setattr("sys.argv", ["maskft", "evaluate", str(other)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert "trained on another base" in capsys.readouterr().err
+    assert not (other / "answers-test.jsonl").exists()
+
+
+def test_a_limited_evaluation_writes_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "metrics.json").read_bytes()
+    monkeypatch.setattr("sys.argv", ["maskft", "evaluate", str(run), "--split", "validation", "--limit", "4"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert "exact match on 4 held-out questions" in shown
+    assert "nothing was written" in shown
+    assert (run / "metrics.json").read_bytes() == before
+    assert not (run / "answers-validation.jsonl").exists()
+
+
+def test_export_does_not_overwrite(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr("sys.argv", ["maskft", "export", str(run), str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_ask_prints_both_answers(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import track
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -38,7 +39,7 @@ def progress(label: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' loading bars and advice out of a user's way; their errors stay."""
+    """Keep the libraries' loading bars and advice out of a user's way; their errors and our own remarks stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|trl|transformers|huggingface_hub)\.")
@@ -47,6 +48,10 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    logger = logging.getLogger("maskft")
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=notes, show_time=False, show_level=False, show_path=False))
+        logger.setLevel(logging.INFO)
 
 
 def percent(share: float) -> str:

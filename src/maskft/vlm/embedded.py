@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -82,6 +83,7 @@ def embedded_base(*, aligned: bool = True, cache: Path | None = None) -> Path:
     folder = (cache or cache_root()) / f"smollm2-135m-dinov2-small-{_identity(aligned)}"
     if (folder / "config.json").is_file():
         return folder
+    logging.getLogger("maskft").info("composing the embedded base, once, in about half a minute: %s", folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".composing-", dir=folder.parent))
     try:
