@@ -243,7 +243,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(items, desc=label, file=sys.stderr, leave=False)
+        bar: Iterable[Any] = tqdm(items, desc=label, file=sys.stderr, leave=False, mininterval=0.5)
         return bar
 
     return wrap

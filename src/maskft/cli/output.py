@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import track
 
 notes = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -38,6 +37,13 @@ def progress(label: str) -> Any:
     return wrap
 
 
+class _Remarks(logging.Handler):
+    """Log records of ours as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes.print(self.format(record))
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' loading bars and advice out of a user's way; their errors and our own remarks stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,7 +56,7 @@ def quiet_libraries() -> None:
     logging.getLogger("trl").setLevel(logging.ERROR)
     logger = logging.getLogger("maskft")
     if not logger.handlers:
-        logger.addHandler(RichHandler(console=notes, show_time=False, show_level=False, show_path=False))
+        logger.addHandler(_Remarks())
         logger.setLevel(logging.INFO)
 
 
