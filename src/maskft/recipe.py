@@ -103,6 +103,8 @@ class EasyVqaData(_Section):
     part: Literal["vqa", "captions"] = "vqa"
     limits: dict[str, Annotated[int, Field(gt=0)]] = {}
     """At most so many rows of a split, drawn with `seed`."""
+    turns: Annotated[int, Field(gt=0)] = 1
+    """Questions about one image in a training conversation."""
     seed: int = 0
 
 

@@ -102,7 +102,7 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     """
     data = recipe.data
     if isinstance(data, EasyVqaData):
-        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed)
+        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed, turns=data.turns)
     split = data.split
     for name in ("validation", "test"):
         if getattr(data, name) is not None and getattr(split, name) > 0:

@@ -35,20 +35,27 @@ class _Source(NamedTuple):
     questions: Mapping[int, list[tuple[int, str, str]]]
 
 
-def load_easy_vqa(part: Part, *, limits: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Dataset]:
+def load_easy_vqa(
+    part: Part, *, limits: Mapping[str, int] | None = None, seed: int = 0, turns: int = 1
+) -> dict[str, Dataset]:
     """Return canonical datasets "train", "validation" and "test".
 
     "captions" has one row per image with the answer "A {color} {shape}.", "vqa" one row per question. Training uses
     the package's training images 0-1999 for captions and 2000-3599 for vqa; validation uses 3600-3999 and test the
     package's test images for both. An image whose content is also in a later part (captions, vqa, validation, test)
-    is dropped. `limits` gives the most rows per split. Which rows these are, and the order of training rows, is a
-    shuffle by `seed`; rows of the other splits keep the package's order.
+    is dropped.
+
+    `turns` questions about an image make one training conversation of vqa, as in LLaVA's data; the instruction stands
+    in its first turn. Held-out rows have one question each. `limits` gives the most rows per split. Which rows these
+    are, and the order of training rows, is a shuffle by `seed`; rows of the other splits keep the package's order.
 
     Raises MissingExtraError without the package, DataError for an unknown part or bad limits.
     """
     if part not in ("vqa", "captions"):
         raise DataError(f"part is {part!r}, but must be vqa or captions.{did_you_mean(part, ('vqa', 'captions'))}")
     _check_limits(limits or {})
+    if turns < 1:
+        raise DataError(f"turns is {turns}, but must be at least 1.")
     train, test = _sources()
     images = _split_images(train, test)
     rows_of: Callable[[_Source, int], Iterator[dict[str, Any]]] = _vqa_rows if part == "vqa" else _caption_rows
@@ -60,6 +67,8 @@ def load_easy_vqa(part: Part, *, limits: Mapping[str, int] | None = None, seed: 
     result = {}
     for split, (source, ids) in splits.items():
         rows = [row for image in ids for row in rows_of(source, image)]
+        if split == "train" and turns > 1:
+            rows = _conversations(rows, turns, seed)
         order = list(range(len(rows)))
         random.Random(f"{seed}:{split}").shuffle(order)
         chosen = order[: (limits or {}).get(split, len(rows))]
@@ -127,6 +136,26 @@ def _vqa_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
     for number, (item, question, answer) in enumerate(source.questions.get(image, [])):
         text = question[0].upper() + question[1:] + INSTRUCTION
         yield _row(source, image, f"{image}/{number}", f"questions.json item {item}", text, answer)
+
+
+def _conversations(rows: list[dict[str, Any]], turns: int, seed: int) -> list[dict[str, Any]]:
+    """Join rows about the same image into conversations of at most `turns` questions, in an order drawn by `seed`."""
+    by_image: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_image.setdefault(row["images"][0]["path"], []).append(row)
+    draw = random.Random(f"{seed}:turns")
+    joined = []
+    for about in by_image.values():
+        draw.shuffle(about)
+        for start in range(0, len(about), turns):
+            first, *others = about[start : start + turns]
+            messages = list(first["messages"])
+            for row in others:
+                question, answer = row["messages"]
+                text = question["content"][-1]["text"].removesuffix(INSTRUCTION)
+                messages += [turn("user", [text_part(text)]), answer]
+            joined.append({**first, "messages": messages})
+    return joined
 
 
 def _caption_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
