@@ -150,3 +150,30 @@ def test_images_of_later_parts_are_dropped(tmp_path: Any) -> None:
 )
 def test_described(asked: list[tuple[str, str]], color: str | None) -> None:
     assert module.described(asked, module.COLORS) == color
+
+
+def test_conversations_keep_every_question_once(vqa: dict[str, Dataset]) -> None:
+    joined = load_easy_vqa("vqa", turns=4)
+    assert len(joined["train"]) < len(vqa["train"]) / 3
+    assert sizes(joined)["test"] == sizes(vqa)["test"]
+
+    def asked(rows: Dataset) -> list[tuple[str, str, str]]:
+        found = []
+        for row in rows:
+            assert len(row["images"]) == 1
+            messages = row["messages"]
+            for question, reply in zip(messages[::2], messages[1::2], strict=True):
+                text = question["content"][-1]["text"].removesuffix(module.INSTRUCTION)
+                found.append((row["images"][0]["path"], text, reply["content"][0]["text"]))
+        return sorted(found)
+
+    assert asked(joined["train"]) == asked(vqa["train"])
+    first = joined["train"][0]["messages"]
+    assert len(first) <= 8
+    assert first[0]["content"][-1]["text"].endswith(module.INSTRUCTION)
+    assert all([part["type"] for part in turn["content"]] == ["text"] for turn in first[1:])
+
+
+def test_turns_must_be_positive() -> None:
+    with pytest.raises(DataError, match="turns is 0"):
+        load_easy_vqa("vqa", turns=0)
