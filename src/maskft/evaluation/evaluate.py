@@ -66,6 +66,8 @@ def evaluate_run(
         ),
         f"{split}_examples": len(rows),
     }
+    if limit is not None:
+        return scores, records
     write_atomically(run / f"answers-{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     update_metrics(run, scores if split == "test" else {split: scores})
     return scores, records
