@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 
 from maskft.errors import UserError, did_you_mean
 from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
+from maskft.scores import PUBLISHED_STD
 from maskft.targets import MODULES, SCOPES
 from maskft.tuner.register import mask_peft_type
 
@@ -113,4 +114,4 @@ class MaskConfig(PeftConfig):
         """Spread of the offsets before training."""
         if self.init_weights is False:
             return 1.0
-        return 0.02 if self.init_weights == "random" else 0.0
+        return PUBLISHED_STD if self.init_weights == "random" else 0.0
