@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
-from maskft.scores import PUBLISHED_STD, dense_offsets
+from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK, TopKGlobal, global_cut
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.999]
@@ -249,14 +248,55 @@ class TestTopK:
         assert TopK(0.5).derivative(offset, torch.tensor([1.0, -1, 1, -1])).tolist() == [-1, 1, 1, 1]
 
 
-class TestScores:
-    def test_offsets_are_fp32_zeros(self) -> None:
-        offsets = dense_offsets(torch.Size([3, 4]), device=torch.device("cpu"))
-        assert torch.equal(offsets, torch.zeros(3, 4))
-        assert offsets.dtype == torch.float32
+class TestStackedMatrices:
+    def test_each_slice_keeps_its_own_share(self) -> None:
+        score = torch.cat([torch.full((4, 5), 9.0), torch.rand(2, 5), -torch.rand(2, 5)])
+        m = TopK(0.5, magnitude_start=False, slices=(4, 2, 2)).value(score, torch.ones(8, 5))
+        assert [int(part.sum()) for part in m.split((4, 2, 2))] == [10, 5, 5]
+        # ties to the first positions
+        assert torch.equal(m[:2], torch.ones(2, 5))
 
-    def test_random_offsets_have_the_asked_spread(self) -> None:
-        offsets = dense_offsets(torch.Size([100, 100]), device=torch.device("cpu"), std=PUBLISHED_STD)
-        # the standard error of the deviation of 10 000 draws is 0.7 %
-        assert offsets.std().item() == pytest.approx(PUBLISHED_STD, rel=0.03)
-        assert offsets.dtype == torch.float32
+    def test_a_slice_starts_from_its_own_magnitudes(self) -> None:
+        weight = torch.cat([torch.randn(3, 4), 100 * torch.randn(3, 4)])
+        score = TopK(0.5, slices=(3, 3)).score(torch.zeros(6, 4), weight)
+        torch.testing.assert_close(score.square().view(2, -1).mean(-1), torch.ones(2))
+
+    def test_each_expert_is_a_matrix_of_its_own(self) -> None:
+        offset, weight = torch.randn(3, 4, 5), torch.randn(3, 4, 5) * torch.tensor([1.0, 10, 100])[:, None, None]
+        gate = TopK(0.3)
+        together = gate.value(offset, weight)
+        alone = torch.stack([gate.value(d, w) for d, w in zip(offset, weight, strict=True)])
+        assert torch.equal(together, alone)
+        assert together.sum((1, 2)).tolist() == [6, 6, 6]
+
+
+class TestGlobalRanking:
+    @given(
+        sizes=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=12), min_size=1, max_size=5),
+        keep_ratio=st.floats(0.01, 1),
+    )
+    def test_keeps_exactly_the_share_of_all_entries_first_ones_first(
+        self, sizes: list[list[int]], keep_ratio: float
+    ) -> None:
+        scores = [torch.tensor(values, dtype=torch.float32) for values in sizes]
+        cut, ties = global_cut(scores, keep_ratio)
+        kept = torch.cat(
+            [TopKGlobal(cut, n, magnitude_start=False).value(s, s) for s, n in zip(scores, ties, strict=True)]
+        )
+        everything = torch.cat(scores)
+        order = sorted(range(len(everything)), key=lambda i: (-everything[i].item(), i))
+        expected = torch.zeros_like(everything)
+        expected[order[: round(keep_ratio * len(order))]] = 1
+        assert torch.equal(kept, expected)
+
+    def test_magnitudes_are_compared_after_scaling_each_matrix(self) -> None:
+        small, large = torch.tensor([[1.0, 2.0]]), torch.tensor([[300.0, 400.0]])
+        draft = TopKGlobal(torch.zeros(()), 0)
+        scores = [draft.score(torch.zeros(1, 2), weight).abs() for weight in (small, large)]
+        cut, ties = global_cut(scores, 0.5)
+        masks = [TopKGlobal(cut, n).value(torch.zeros(1, 2), w) for w, n in zip((small, large), ties, strict=True)]
+        assert [mask.tolist() for mask in masks] == [[[0, 1]], [[0, 1]]]
+
+    def test_derivative_is_the_sign_of_the_score(self) -> None:
+        gate = TopKGlobal(torch.tensor(1.0), 0, magnitude_start=False)
+        assert gate.derivative(torch.tensor([-3.0, 0.0, 2.0]), torch.ones(3)).tolist() == [-1, 0, 1]

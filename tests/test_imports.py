@@ -148,7 +148,7 @@ print(PEFT_TYPE_TO_TUNER_MAPPING[PeftType("MASK")].__name__)
 
 @pytest.mark.parametrize(
     "package",
-    ["maskft", *(f"maskft.{path.parent.name}" for path in FILES if path.name == "__init__.py" and path.parent != SRC)],
+    [".".join(path.relative_to(SRC.parent).parent.parts) for path in FILES if path.name == "__init__.py"],
 )
 def test_public_names_resolve(package: str) -> None:
     module = importlib.import_module(package)

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
-from maskft.linear import masked_linear, masked_weight, plain_masked_linear
+from maskft.linear import Mask, masked_linear, masked_weight, plain_masked_linear
 
 GATES: list[Gate] = [
     Soft(0.9, 0.5),
@@ -26,6 +26,10 @@ GATES: list[Gate] = [
 ]
 EXACT = [gate for gate in GATES if isinstance(gate, Soft | Normalized | Centered) and not gate.straight_through]
 BATCHES = [(), (1,), (4,), (2, 3), (2, 1, 3), (2, 2, 2, 2)]
+
+
+def mask(offset: Tensor, gate: Gate) -> Mask:
+    return Mask(gate, (offset,))
 
 
 def inputs(
@@ -55,9 +59,9 @@ def both(
     dy = None
     for fast in (True, False):
         y = (
-            masked_linear(x, weight, bias, (offset, gate))
+            masked_linear(x, weight, bias, [mask(offset, gate)])
             if fast
-            else plain_masked_linear(x, weight, bias, [(offset, gate)])
+            else plain_masked_linear(x, weight, bias, [mask(offset, gate)])
         )
         dy = torch.randn_like(y) if dy is None else dy
         results.append((y.detach(), *torch.autograd.grad(y, [x, offset], dy)))
@@ -113,8 +117,8 @@ class TestAgainstThePlainVersion:
     def test_under_autocast(self, gate: Gate) -> None:
         x, weight, bias, offset = inputs((2, 3))
         with torch.autocast("cpu", torch.bfloat16):
-            fast = masked_linear(x, weight, bias, (offset, gate))
-            plain = plain_masked_linear(x, weight, bias, [(offset, gate)])
+            fast = masked_linear(x, weight, bias, [mask(offset, gate)])
+            plain = plain_masked_linear(x, weight, bias, [mask(offset, gate)])
         assert fast.dtype == plain.dtype == torch.bfloat16
         assert torch.equal(fast, plain)
         dy = torch.randn_like(fast)
@@ -140,8 +144,8 @@ class TestAgainstThePlainVersion:
         grads = [
             torch.autograd.grad(y.sum(), [x, offset])  # the gradient of a sum is a scalar, expanded
             for y in (
-                masked_linear(x, weight, bias, (offset, gate)),
-                plain_masked_linear(x, weight, bias, [(offset, gate)]),
+                masked_linear(x, weight, bias, [mask(offset, gate)]),
+                plain_masked_linear(x, weight, bias, [mask(offset, gate)]),
             )
         ]
         for one, other in zip(*grads, strict=True):
@@ -150,20 +154,20 @@ class TestAgainstThePlainVersion:
     def test_plain_is_the_textbook_product(self, gate: Gate) -> None:
         x, weight, bias, offset = inputs()
         expected = x @ (gate.value(offset, weight) * weight).T + bias
-        torch.testing.assert_close(plain_masked_linear(x, weight, bias, [(offset, gate)]), expected)
+        torch.testing.assert_close(plain_masked_linear(x, weight, bias, [mask(offset, gate)]), expected)
 
     def test_saves_x_weight_and_offsets_and_nothing_else(self, gate: Gate) -> None:
         x, weight, bias, offset = inputs((2, 3))
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-            masked_linear(x, weight, bias, (offset, gate))
+            masked_linear(x, weight, bias, [mask(offset, gate)])
         assert [tensor.data_ptr() for tensor in saved] == [t.data_ptr() for t in (x, weight, offset)]
 
     def test_saves_the_same_three_on_a_bf16_base(self, gate: Gate) -> None:
         x, weight, bias, offset = inputs((2, 3), dtype=torch.bfloat16)
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-            masked_linear(x, weight, bias, (offset, gate))
+            masked_linear(x, weight, bias, [mask(offset, gate)])
         assert [tensor.dtype for tensor in saved] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
@@ -171,8 +175,8 @@ class TestAgainstThePlainVersion:
 @pytest.mark.parametrize("batch", [(3,), (2, 2)], ids=str)
 def test_gradcheck_of_the_exact_gates(gate: Gate, batch: tuple[int, ...]) -> None:
     x, weight, bias, offset = inputs(batch, (3, 4), torch.float64, torch.float64)
-    assert torch.autograd.gradcheck(lambda a, b: masked_linear(a, weight, bias, (b, gate)), (x, offset))
-    assert torch.autograd.gradcheck(lambda a, b: plain_masked_linear(a, weight, bias, [(b, gate)]), (x, offset))
+    assert torch.autograd.gradcheck(lambda a, b: masked_linear(a, weight, bias, [mask(b, gate)]), (x, offset))
+    assert torch.autograd.gradcheck(lambda a, b: plain_masked_linear(a, weight, bias, [mask(b, gate)]), (x, offset))
 
 
 @pytest.mark.parametrize("gate", EXACT, ids=repr)
@@ -180,15 +184,15 @@ def test_gradcheck_of_two_masks(gate: Gate) -> None:
     x, weight, bias, offset = inputs((2,), (3, 4), torch.float64, torch.float64)
     other = torch.randn_like(offset).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda a, b, c: plain_masked_linear(a, weight, bias, [(b, gate), (c, Centered())]), (x, offset, other)
+        lambda a, b, c: plain_masked_linear(a, weight, bias, [mask(b, gate), mask(c, Centered())]), (x, offset, other)
     )
 
 
 def test_masks_multiply() -> None:
     x, weight, bias, _ = inputs()
     # T = 1, m0 = 1/2: gates of sigmoid(ln 3) = 3/4 and 2 sigmoid(-ln 3) = 1/2
-    three_quarters = (torch.full((5, 7), 3.0).log(), Soft(0.5))
-    half = (-torch.full((5, 7), 3.0).log(), Centered())
+    three_quarters = mask(torch.full((5, 7), 3.0).log(), Soft(0.5))
+    half = mask(-torch.full((5, 7), 3.0).log(), Centered())
     y = plain_masked_linear(x, weight, bias, [three_quarters, half])
     torch.testing.assert_close(y, x @ (weight * 0.375).T + bias)
     torch.testing.assert_close(masked_weight(weight, [three_quarters, half]), weight * 0.375)
@@ -202,18 +206,18 @@ def test_no_mask_leaves_the_weight() -> None:
 
 def test_masked_weight_is_computed_in_fp32_at_least() -> None:
     weight, offset = torch.randn(3, 3).bfloat16(), torch.zeros(3, 3).bfloat16()
-    assert masked_weight(weight, [(offset, Centered())]).dtype == torch.float32
-    assert masked_weight(weight.double(), [(offset, Centered())]).dtype == torch.float64
+    assert masked_weight(weight, [mask(offset, Centered())]).dtype == torch.float32
+    assert masked_weight(weight.double(), [mask(offset, Centered())]).dtype == torch.float64
     # bf16 would round 0.998 to 1
     gate = Soft(0.998)
-    assert (masked_weight(torch.ones(1, 1).bfloat16(), [(torch.zeros(1, 1), gate)]) < 1).all()
+    assert (masked_weight(torch.ones(1, 1).bfloat16(), [mask(torch.zeros(1, 1), gate)]) < 1).all()
 
 
 @pytest.mark.parametrize("gate", [Normalized(0.98), Centered(), Threshold(0.98)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_zero_offsets_are_bit_equal_to_the_frozen_layer(gate: Gate, dtype: torch.dtype) -> None:
     x, weight, bias, _ = inputs((2, 3), dtype=dtype)
-    y = masked_linear(x, weight, bias, (torch.zeros(5, 7), gate))
+    y = masked_linear(x, weight, bias, [mask(torch.zeros(5, 7), gate)])
     assert torch.equal(y, torch.nn.functional.linear(x, weight, bias))
 
 
@@ -233,7 +237,7 @@ def test_only_wanted_gradients_are_computed(gate: Gate, wanted: tuple[str, ...],
     x, weight, bias, offset = inputs()
     x.requires_grad_("x" in wanted)
     offset.requires_grad_("offset" in wanted)
-    y = masked_linear(x, weight, bias, (offset, gate))
+    y = masked_linear(x, weight, bias, [mask(offset, gate)])
     with Products() as counted:
         y.backward(torch.ones_like(y))
     assert counted.count == products
@@ -243,7 +247,7 @@ def test_only_wanted_gradients_are_computed(gate: Gate, wanted: tuple[str, ...],
 
 def test_frozen_weight_and_bias_get_no_gradient() -> None:
     x, weight, bias, offset = inputs()
-    masked_linear(x, weight, bias, (offset, Centered())).sum().backward()
+    masked_linear(x, weight, bias, [mask(offset, Centered())]).sum().backward()
     assert weight.grad is None
     assert bias is not None
     assert bias.grad is None
@@ -251,7 +255,7 @@ def test_frozen_weight_and_bias_get_no_gradient() -> None:
 
 def test_empty_batch() -> None:
     x, weight, bias, offset = inputs((0,))
-    y = masked_linear(x, weight, bias, (offset, Centered()))
+    y = masked_linear(x, weight, bias, [mask(offset, Centered())])
     assert y.shape == (0, 5)
     y.sum().backward()
     assert torch.equal(offset.grad, torch.zeros(5, 7))

@@ -6,7 +6,8 @@ function of the offset (and, where the start depends on it, of the frozen weight
     soft        m = sigmoid(S/T)                   published S-MFT [1]; starts at m0 = `init_gate`
     normalized  m = sigmoid(S/T) / m0              starts at exactly 1, range (0, 1/m0)
     centered    m = 2 sigmoid(S/T)                 starts at exactly 1, range (0, 2); S starts at 0
-    topk        m = 1 if |S| is among the round(keep_ratio * n) largest of its matrix, else 0   H-MFT [1]
+    topk        m = 1 if |S| is among the round(keep_ratio * n) largest of its matrix, or of all matrices, else 0;
+                H-MFT [1]
     threshold   m = 1 if S >= 0, else 0            starts at all ones
 
 In soft, normalized and threshold S starts at s0 = T * logit(m0). Soft gates have the exact derivative dm/dD or, on
@@ -16,12 +17,13 @@ mask is made of |S|, that is sign(S).
 [1] "Rethinking Fine-Tuning: Unlocking Hidden Capabilities in Vision-Language Models", arXiv 2512.23073. Ranking by
     matrix, the factor sign(S) and random starts follow the code of its predecessor, arXiv 2503.22764.
 
-All functions are element-wise over tensors of one shape, the weight's, and compute in the dtype of `offset`.
+All functions take offsets and weights of one shape, (..., out, in), and compute in the dtype of `offset`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -118,32 +120,90 @@ class Centered:
 
 @dataclass(frozen=True)
 class TopK:
-    """1 for the round(keep_ratio * n) entries of the matrix with the largest |S|, else 0 (H-MFT).
+    """1 for the round(keep_ratio * n) entries of each matrix with the largest |S|, else 0 (H-MFT).
 
     Ties go to the entry that comes first in memory order. S = start + D, where the start is |W| over its root mean
     square (`magnitude_start`: the first mask cuts the smallest weights) or zero (D itself then starts random, as in the
     predecessor's code).
+
+    Attributes:
+        keep_ratio: share of entries that stay, in (0, 1].
+        magnitude_start: see above.
+        slices: heights of matrices that are stacked in one, such as a fused q, k, v; each is ranked by itself.
+            Matrices along leading dimensions (experts) always are.
     """
 
     keep_ratio: float
     magnitude_start: bool = True
+    slices: tuple[int, ...] = ()
     identity_at_start = False
 
     def score(self, offset: Tensor, weight: Tensor) -> Tensor:
         """S, in the dtype of `offset`."""
         if not self.magnitude_start:
             return offset
-        magnitude = weight.to(offset.dtype).abs()
-        root_mean_square = magnitude.square().mean().sqrt().clamp_min(torch.finfo(offset.dtype).tiny)
-        return offset + magnitude / root_mean_square
+        return self._each_matrix(_from_magnitude, offset, weight)
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
-        size = self.score(offset, weight).abs().flatten()
-        keep = round(self.keep_ratio * size.numel())
-        return _largest(size, keep).to(offset.dtype).view_as(offset)
+        return self._each_matrix(self._kept, self.score(offset, weight))
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         return torch.sign(self.score(offset, weight))
+
+    def _kept(self, score: Tensor) -> Tensor:
+        size = score.abs().flatten(-2) if score.dim() > 1 else score.abs()
+        return largest(size, round(self.keep_ratio * size.shape[-1])).to(score.dtype).view_as(score)
+
+    def _each_matrix(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        if not self.slices:
+            return function(*tensors)
+        pieces = zip(*(torch.split(tensor, list(self.slices), dim=-2) for tensor in tensors), strict=True)
+        return torch.cat([function(*piece) for piece in pieces], dim=-2)
+
+
+@dataclass(frozen=True, eq=False)
+class TopKGlobal:
+    """As TopK, but ranked over all masked matrices of the model together: what is above a common cut stays.
+
+    Attributes:
+        cut: the smallest |S| that stays, a scalar; see `global_cut`.
+        ties: how many entries of this matrix that equal the cut stay, first ones first.
+    """
+
+    cut: Tensor
+    ties: int
+    magnitude_start: bool = True
+    identity_at_start = False
+
+    def score(self, offset: Tensor, weight: Tensor) -> Tensor:
+        """S, in the dtype of `offset`."""
+        return _from_magnitude(offset, weight) if self.magnitude_start else offset
+
+    def value(self, offset: Tensor, weight: Tensor) -> Tensor:
+        size = self.score(offset, weight).abs()
+        return _above(size.flatten(), self.cut.to(size), self.ties).to(offset.dtype).view_as(offset)
+
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
+        return torch.sign(self.score(offset, weight))
+
+
+def global_cut(sizes: Sequence[Tensor], keep_ratio: float) -> tuple[Tensor, list[int]]:
+    """The |S| above which round(keep_ratio * n) of all n entries lie, and the ties each tensor may keep, in order.
+
+    Args:
+        sizes: |S| of every matrix, any shapes.
+        keep_ratio: share of all entries that stay, in (0, 1].
+    """
+    everything = torch.cat([size.flatten() for size in sizes])
+    n = everything.numel()
+    keep = round(keep_ratio * n)
+    cut = everything.kthvalue(n - keep + 1).values if keep else everything.new_tensor(math.inf)
+    room = keep - int((everything > cut).sum())
+    ties = []
+    for size in sizes:
+        ties.append(min(room, int((size == cut).sum())))
+        room -= ties[-1]
+    return cut, ties
 
 
 @dataclass(frozen=True)
@@ -170,15 +230,31 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _largest(values: Tensor, keep: int) -> Tensor:
-    """Boolean mask (n,) of exactly `keep` largest entries of `values` (n,), ties to the first positions."""
-    n = values.numel()
+def _from_magnitude(offset: Tensor, weight: Tensor) -> Tensor:
+    """D + |W| / rms(W), the root mean square taken over each matrix."""
+    magnitude = weight.to(offset.dtype).abs()
+    mean_square = magnitude.square().flatten(-2).mean(-1) if weight.dim() > 1 else magnitude.square().mean()
+    scale = mean_square.sqrt().clamp_min(torch.finfo(offset.dtype).tiny)
+    return offset + magnitude / (scale[..., None, None] if weight.dim() > 2 else scale)
+
+
+def largest(values: Tensor, keep: int) -> Tensor:
+    """Boolean mask (..., n) of exactly `keep` largest entries of each row of `values`, ties to the first positions."""
+    n = values.shape[-1]
     if keep <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
     if keep >= n:
         return torch.ones_like(values, dtype=torch.bool)
-    cut = values.kthvalue(n - keep + 1).values
+    cut = values.kthvalue(n - keep + 1, dim=-1, keepdim=True).values
     above = values > cut
-    at_cut = values == cut
-    room = keep - int(above.sum())
-    return above | (at_cut & (at_cut.cumsum(0) <= room))
+    return above | _first(values == cut, keep - above.sum(-1, keepdim=True))
+
+
+def _above(values: Tensor, cut: Tensor, ties: int) -> Tensor:
+    """Boolean mask (n,) of what is larger than `cut`, and of the first `ties` entries that equal it."""
+    return (values > cut) | _first(values == cut, ties)
+
+
+def _first(flags: Tensor, count: Tensor | int) -> Tensor:
+    """Keep the first `count` True entries of each row."""
+    return flags & (flags.cumsum(-1) <= count)

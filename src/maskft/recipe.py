@@ -79,6 +79,11 @@ class MaskMethod(_Section):
     init_gate: float = MaskConfig.init_gate
     straight_through: bool = MaskConfig.straight_through
     keep_ratio: float = MaskConfig.keep_ratio
+    ranking: Literal["matrix", "global"] = MaskConfig.ranking  # type: ignore[assignment]
+    score_layout: Literal["dense", "low-rank", "row", "column", "block"] = MaskConfig.score_layout  # type: ignore[assignment]
+    rank: int = MaskConfig.rank
+    block_size: int = MaskConfig.block_size
+    score_dtype: Literal["float32", "bfloat16"] = MaskConfig.score_dtype  # type: ignore[assignment]
     scope: list[Literal["language", "projector", "vision"]] = ["language", "projector"]
     modules: Literal["attn", "mlp", "both"] = MaskConfig.modules  # type: ignore[assignment]
     layers: str | list[int] = "all"
@@ -130,10 +135,12 @@ class FilesData(_Section):
 
 
 class EvaluationSection(_Section):
-    """How answers are generated: greedy, batched."""
+    """How answers are generated (greedy, batched) and scored."""
 
     batch_size: Annotated[int, Field(gt=0)] = 32
     max_new_tokens: Annotated[int, Field(gt=0)] = 16
+    metric: Literal["exact", "vqa", "anls", "f1", "choice"] = "exact"
+    """Scores one answer; see maskft.evaluation.metrics."""
 
 
 class Recipe(_Section):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,7 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "q
 _ATTENTION |= {"query_key_value", "proj", "projection", "projection_layer", "attention.dense"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "linear_fc1", "linear_fc2"}
 _MLP |= {"w1", "w2", "w3", "dense_h_to_4h", "dense_4h_to_h", "dense"}
+_STACKED = {"qkv_proj", "qkv", "c_attn", "gate_up_proj"}
 _HEADS = {"lm_head", "embed_out", "classifier", "score"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
@@ -82,13 +84,63 @@ def resolve_targets(
         index = _layer_index(name)
         if index is not None and index in chosen[part] and _kind(name) in kinds:
             targets.append(name)
-    if not targets:
+    if not targets and not resolve_parameters(model, scope=scope, modules=modules, layers=layers):
         found = ", ".join(f"{part} ({sum(p == part for _, p in linears)})" for part in SCOPES)
         raise ModelError(
             f"nothing to mask: scope {list(scope)}, modules '{modules}', layers {layers!r} match no linear layer of "
             f"{type(model).__name__}. Its linear layers by part: {found}. Name them with target_modules instead."
         )
     return targets
+
+
+def resolve_parameters(
+    model: nn.Module,
+    *,
+    scope: Sequence[str] = ("language", "projector"),
+    modules: str = "both",
+    layers: str | Sequence[int] = "all",
+) -> list[str]:
+    """Names of the experts' parameters (experts, out, in) to mask; the arguments are those of `resolve_targets`.
+
+    Transformers keeps a mixture of experts as 3-D parameters of one module, which no linear layer holds.
+    """
+    if modules == "attn":
+        return []
+    names = [
+        name.replace(".base_layer", "")
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and name.rsplit(".", 1)[-1] in _MLP and _layer_index(name) is not None
+    ]
+    parts = {name: _part(name) for name in names}
+    if "language" not in set(map(_part, _linear_layers(model))):
+        parts = dict.fromkeys(names, "language")
+    chosen = {
+        part: _layer_indices(layers, _depth(n for n, p in parts.items() if p == part), part)
+        for part in set(parts.values()) & set(scope)
+    }
+    return [name for name, part in parts.items() if part in chosen and _layer_index(name) in chosen[part]]
+
+
+def fused_heights(name: str, weight: Any, parent: nn.Module) -> tuple[int, ...]:
+    """Heights of the matrices that are stacked in one weight (out, in): q, k, v or gate, up; empty for any other.
+
+    Args:
+        name: the layer's own name.
+        weight: its weight; GPT-2's c_attn lies as (in, out).
+        parent: the module around it, which knows the number of heads.
+    """
+    if name not in _STACKED or not hasattr(weight, "shape"):
+        return ()
+    rows = weight.shape[-1] if name == "c_attn" else weight.shape[-2]
+    if name == "gate_up_proj":
+        return (rows // 2,) * 2
+    config = getattr(parent, "config", None)
+    heads = getattr(config, "num_attention_heads", None) or getattr(parent, "num_heads", None) or 0
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or rows % (heads + 2 * groups):
+        return (rows // 3,) * 3 if rows % 3 == 0 else ()
+    head = rows // (heads + 2 * groups)
+    return heads * head, groups * head, groups * head
 
 
 def _linear_layers(model: nn.Module) -> list[str]:

@@ -54,8 +54,8 @@ class TestGates:
         [
             ({"gate": "soft", "init_gate": 0.9, "temperature": 2.0}, Soft(0.9, 2.0)),
             ({"gate": "soft", "init_gate": 0.9, "straight_through": True}, Soft(0.9, 1.0, True)),
-            ({}, Normalized(0.98, 1.0)),
-            ({"straight_through": True, "temperature": 0.5}, Normalized(0.98, 0.5, True)),
+            ({}, Soft(0.98, 1.0)),
+            ({"gate": "normalized", "straight_through": True, "temperature": 0.5}, Normalized(0.98, 0.5, True)),
             ({"gate": "centered", "temperature": 0.5}, Centered(0.5)),
             ({"gate": "topk", "keep_ratio": 0.3}, TopK(0.3)),
             ({"gate": "topk", "init_weights": "random"}, TopK(0.9, magnitude_start=False)),
@@ -88,7 +88,12 @@ class TestErrors:
             ({"scope": ["language", "audio"]}, r"scope has \['audio'\]; allowed: language, projector, vision"),
             ({"modules": "all"}, "modules is 'all'; allowed: attn, mlp, both"),
             ({"init_weights": "zeros"}, "init_weights is 'zeros'; allowed: True, False, 'random'"),
-            ({"target_parameters": ["a.weight"]}, "only modules can be masked: use target_modules"),
+            ({"ranking": "layer"}, "ranking is 'layer'; allowed: matrix, global"),
+            ({"ranking": "global"}, "ranking is 'global', which only the gate 'topk' has"),
+            ({"score_layout": "rows"}, "score_layout is 'rows'; allowed: dense, .*Did you mean 'row'"),
+            ({"score_dtype": "float16"}, "score_dtype is 'float16'; allowed: float32, bfloat16"),
+            ({"rank": 0}, "rank is 0; it must be 1 or more"),
+            ({"block_size": 0}, "block_size is 0; it must be 1 or more"),
         ],
     )
     def test_say_what_is_allowed(self, fields: dict[str, Any], message: str) -> None:

@@ -153,7 +153,7 @@ class TestTwoAdapters:
             masks = layer.active_masks()
             assert len(masks) == 2
             weight = layer.frozen().weight
-            m1, m2 = (gate_.value(offset, weight) for offset, gate_ in masks)
+            m1, m2 = (mask.gate.value(mask.offset(weight), weight) for mask in masks)
             x = torch.randn(3, weight.shape[1])
             torch.testing.assert_close(layer(x), x @ (weight * m1 * m2).T)
 
@@ -260,5 +260,5 @@ class TestTwoAdapters:
 
 
 def test_delta_of_an_unscattered_adapter_is_zero() -> None:
-    model = get_peft_model(tiny_llama(), MaskConfig())
+    model = get_peft_model(tiny_llama(), MaskConfig(gate="normalized"))
     assert not any(layer.get_delta_weight("default").any() for layer in layers(model).values())

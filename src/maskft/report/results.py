@@ -50,7 +50,7 @@ def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
         f"| base | {_percent(first['base']['accuracy'])} % | | | |",
         f"| best guess without the image | {_percent(first['blind']['accuracy'])} % | | | |",
     ]
-    gates = sorted({r["recipe"]["method"]["gate"] for r in found}, key=lambda gate: (gate == "soft", gate))
+    gates = sorted({r["recipe"]["method"]["gate"] for r in found}, key=lambda gate: (gate != "soft", gate))
     for gate in gates:
         of_gate = [r["metrics"] for r in found if r["recipe"]["method"]["gate"] == gate]
         shares = [metrics["tuned"]["accuracy"] for metrics in of_gate]

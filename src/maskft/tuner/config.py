@@ -7,16 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
 
 from maskft.errors import UserError, did_you_mean
 from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
-from maskft.scores import PUBLISHED_STD
+from maskft.scores import PUBLISHED_STD, Block, Column, Dense, Layout, LowRank, Row
 from maskft.targets import MODULES, SCOPES
 from maskft.tuner.register import mask_peft_type
 
 GATES = ("soft", "normalized", "centered", "topk", "threshold")
 STARTS = (True, False, "random")
+RANKINGS = ("matrix", "global")
+LAYOUTS = ("dense", "low-rank", "row", "column", "block")
+SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -29,14 +33,22 @@ class MaskConfig(PeftConfig):
         temperature: T > 0 of the sigmoid.
         init_gate: m0 in (0, 1), the soft gate's value at the start; for "threshold", how far a score must fall.
         straight_through: gradient dm/dS = 1 for the soft gates; the hard gates always use theirs.
-        keep_ratio: share of each matrix that "topk" keeps, in (0, 1].
+        keep_ratio: share of the weights that "topk" keeps, in (0, 1].
+        ranking: "matrix" lets "topk" keep that share of each matrix (of each of q, k, v where they are fused, and of
+            each expert), "global" of all masked weights together.
+        score_layout: "dense", "low-rank", "row", "column" or "block"; see `maskft.scores`.
+        rank: of "low-rank" scores.
+        block_size: side of the squares of "block" scores.
+        score_dtype: "float32" or "bfloat16"; the latter needs an optimizer that rounds stochastically
+            (`maskft.optim`), or small steps are lost.
         scope: parts of the model to mask, any of "language", "projector", "vision".
         modules: "attn", "mlp" or "both", in the language model and the vision encoder.
         layers: "all", "first-third", "middle-third", "last-third", ranges such as "0-3,8", or indices.
         target_modules: names as PEFT matches them (list, regular expression or "all-linear"), in place of scope,
             modules and layers.
         exclude_modules: names not to mask.
-        target_parameters: accepted for PEFT's sake; masking bare parameters is not supported.
+        target_parameters: names of parameters that are no layer's weight, such as the 3-D weights of a mixture of
+            experts; None lets scope and modules find those of experts.
         modules_to_save: modules that are trained whole and saved beside the mask.
         init_weights: True starts from the pre-trained model, as near as the gate allows ("topk" cuts the smallest
             weights first); "random" starts hard gates from N(0, 0.02) scores, as published; False draws offsets
@@ -45,11 +57,16 @@ class MaskConfig(PeftConfig):
             when it is loaded; None skips the check.
     """
 
-    gate: str = "normalized"
+    gate: str = "soft"
     temperature: float = 1.0
     init_gate: float = 0.98
     straight_through: bool = False
     keep_ratio: float = 0.9
+    ranking: str = "matrix"
+    score_layout: str = "dense"
+    rank: int = 8
+    block_size: int = 16
+    score_dtype: str = "float32"
     scope: Sequence[str] = ("language", "projector")
     modules: str = "both"
     layers: str | Sequence[int] = "all"
@@ -90,8 +107,18 @@ class MaskConfig(PeftConfig):
             problems.append(f"modules is '{self.modules}'; allowed: {', '.join(MODULES)}.")
         if self.init_weights not in STARTS:
             problems.append(f"init_weights is {self.init_weights!r}; allowed: True, False, 'random'.")
-        if self.target_parameters:
-            problems.append("target_parameters is set; only modules can be masked: use target_modules.")
+        if self.ranking not in RANKINGS:
+            problems.append(f"ranking is '{self.ranking}'; allowed: {', '.join(RANKINGS)}.")
+        elif self.ranking == "global" and self.gate != "topk":
+            problems.append(f"ranking is 'global', which only the gate 'topk' has; the gate is '{self.gate}'.")
+        if self.score_layout not in LAYOUTS:
+            nearest = did_you_mean(self.score_layout, LAYOUTS)
+            problems.append(f"score_layout is '{self.score_layout}'; allowed: {', '.join(LAYOUTS)}.{nearest}")
+        if self.score_dtype not in SCORE_DTYPES:
+            problems.append(f"score_dtype is '{self.score_dtype}'; allowed: {', '.join(SCORE_DTYPES)}.")
+        for name in ("rank", "block_size"):
+            if not getattr(self, name) >= 1:
+                problems.append(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         return problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,6 +136,21 @@ class MaskConfig(PeftConfig):
         }
         gate: Gate = gates[self.gate]()
         return gate
+
+    def make_layout(self) -> Layout:
+        """How the scores are kept."""
+        layouts: dict[str, Layout] = {
+            "dense": Dense(),
+            "low-rank": LowRank(self.rank),
+            "row": Row(),
+            "column": Column(),
+            "block": Block(self.block_size),
+        }
+        return layouts[self.score_layout]
+
+    def torch_dtype(self) -> torch.dtype:
+        """The scores' dtype."""
+        return SCORE_DTYPES[self.score_dtype]
 
     def start_std(self) -> float:
         """Spread of the offsets before training."""

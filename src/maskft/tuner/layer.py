@@ -1,101 +1,168 @@
-"""The masked linear layer, as PEFT wants its layers."""
+"""The masked layers, as PEFT wants its layers."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from maskft.errors import ModelError
-from maskft.gates import Gate
-from maskft.linear import Mask, masked_linear, masked_weight, plain_masked_linear
-from maskft.scores import dense_offsets
+from maskft.gates import Gate, TopK
+from maskft.linear import Mask, Weight, masked_linear, masked_weight
+from maskft.scores import Layout
 from maskft.tuner.config import MaskConfig
+from maskft.tuner.ranking import GlobalRanking
 
 
 class MaskLayer(BaseTunerLayer):
-    """What every masked layer keeps: one score tensor and one gate per adapter."""
+    """What every masked layer keeps: per adapter one gate, one layout of scores, and the scores.
 
-    adapter_layer_names: tuple[str, ...] = ("mask_scores",)
-    other_param_names: tuple[str, ...] = ("mask_gate",)
+    Scores are kept for the frozen weight seen as a matrix (..., out, in), whatever shape the layer keeps it in;
+    `matrix` and `unmatrix` go from one to the other. Row-wise scores belong to outputs in every kind of layer.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("mask_scores", "mask_left", "mask_right")
+    other_param_names: tuple[str, ...] = ("mask_gate", "mask_layout", "mask_ranking")
+    parameter_name = "weight"
+    """The base layer's parameter that is masked."""
+    takes_floats: ClassVar[bool] = True
+    """Whether the first input is to be cast to the dtype of the weight."""
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.mask_scores = nn.ParameterDict({})
+        self.mask_left = nn.ParameterDict({})
+        self.mask_right = nn.ParameterDict({})
         self.mask_gate: dict[str, Gate] = {}
+        self.mask_layout: dict[str, Layout] = {}
+        self.mask_ranking: dict[str, GlobalRanking] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged: Tensor | None = None
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
-        base = self.get_base_layer()
-        if not isinstance(base, nn.Linear):
-            raise ModelError(
-                f"a mask cannot be put on a {type(base).__name__}: only linear layers are supported. "
-                "Take it out of target_modules."
-            )
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.out_features, self.in_features = self.matrix_shape()[-2:]
 
-    def update_layer(self, adapter_name: str, config: MaskConfig) -> None:
-        """Add an adapter whose offsets D have the weight's shape (out, in), fp32, on the weight's device."""
-        weight = self.frozen().weight
-        if not weight.is_floating_point():
-            raise ModelError(
-                f"a mask cannot be put on a weight of type {weight.dtype}: load the base in bf16, fp16 or fp32."
-            )
-        self.mask_gate[adapter_name] = config.make_gate()
-        offsets = dense_offsets(weight.shape, device=weight.device, std=config.start_std())
-        self.mask_scores[adapter_name] = nn.Parameter(offsets)
+    # -- the frozen weight ------------------------------------------------------------------------------------------
+
+    def frozen(self) -> nn.Module:
+        """The pre-trained layer under the mask."""
+        base: nn.Module = self.get_base_layer()
+        return base
+
+    def frozen_parameter(self) -> nn.Parameter:
+        """The pre-trained parameter itself, in whatever form the base keeps it."""
+        parameter: nn.Parameter = getattr(self.frozen(), self.parameter_name)
+        return parameter
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View of a weight as (..., out, in)."""
+        return weight
+
+    def unmatrix(self, matrix: Tensor) -> Tensor:
+        """The way back from `matrix`."""
+        return matrix
+
+    def matrix_shape(self) -> torch.Size:
+        """(..., out, in), also where DeepSpeed keeps the weight in pieces."""
+        weight = self.frozen_parameter()
+        return self.matrix(torch.empty(getattr(weight, "ds_shape", weight.shape), device="meta")).shape
+
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype to compute in outside autocast."""
+        return self.frozen_parameter().dtype
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """The weight in full, in the layer's own shape, from the form the base keeps it in."""
+        return stored.detach()
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Replace the weight's values, in the form the base keeps it in."""
+        self.frozen_parameter().data.copy_(weight)
+
+    def save_weight(self) -> Tensor:
+        """A copy of the weight as it is stored, from which `restore_weight` puts back every bit."""
+        return self.frozen_parameter().detach().clone()
+
+    def restore_weight(self, saved: Tensor) -> None:
+        """Put a copy made by `save_weight` back."""
+        self.frozen_parameter().data.copy_(saved)
+
+    def weight_source(self) -> Weight:
+        """W as (..., out, in) for the forward pass: itself, or where it is quantised what returns it in full."""
+        return self.matrix(self.frozen_parameter())
+
+    def pretrained_weight(self) -> Tensor:
+        """W as it was before any merge, in the layer's own shape."""
+        return self.decode(self.frozen_parameter() if self._unmerged is None else self._unmerged)
+
+    def pretrained_matrix(self) -> Tensor:
+        """W as it was before any merge, (..., out, in)."""
+        return self.matrix(self.pretrained_weight())
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: MaskConfig, slices: tuple[int, ...] = ()) -> None:
+        """Add an adapter with scores at their start.
+
+        Args:
+            adapter_name: its name.
+            config: gate and layout.
+            slices: heights of the matrices stacked in this one, see `maskft.gates.TopK`.
+        """
+        gate, layout = config.make_gate(), config.make_layout()
+        self.mask_gate[adapter_name] = replace(gate, slices=slices) if isinstance(gate, TopK) else gate
+        self.mask_layout[adapter_name] = layout
+        parameters = layout.create(
+            self.matrix_shape(), config.start_std(), device=self.frozen_parameter().device, dtype=config.torch_dtype()
+        )
+        for name, parameter in zip(layout.names, parameters, strict=True):
+            getattr(self, f"mask_{name}")[adapter_name] = nn.Parameter(parameter)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT's, but the offsets keep their own dtype: bf16 could not hold small steps."""
-        if adapter_name not in self.mask_scores:
-            return
-        scores = self.mask_scores[adapter_name]
-        target = device if device is not None else self.frozen().weight.device
-        if "meta" not in (scores.device.type, target.type) and scores.device != target:
-            self.mask_scores[adapter_name] = nn.Parameter(
-                scores.detach().to(target), requires_grad=scores.requires_grad
-            )
+        """As PEFT's, but the scores keep their own dtype: bf16 could not hold small steps."""
+        target = device if device is not None else self.frozen_parameter().device
+        for name in self.adapter_layer_names:
+            kept = getattr(self, name)
+            if adapter_name not in kept:
+                continue
+            scores = kept[adapter_name]
+            if "meta" not in (scores.device.type, target.type) and scores.device != target:
+                kept[adapter_name] = nn.Parameter(scores.detach().to(target), requires_grad=scores.requires_grad)
 
-    def frozen(self) -> nn.Linear:
-        """The pre-trained layer under the mask."""
-        base: nn.Linear = self.get_base_layer()
-        return base
+    def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
+        """The adapter's scores, in the order of its layout."""
+        return tuple(getattr(self, f"mask_{name}")[adapter_name] for name in self.mask_layout[adapter_name].names)
 
-    def pretrained_weight(self) -> Tensor:
-        """W as it was before any merge, (out, in)."""
-        return self.frozen().weight.detach() if self._unmerged_weight is None else self._unmerged_weight
+    def mask(self, adapter_name: str, gate: Gate | None = None) -> Mask:
+        """One adapter's mask; with another gate where one is given."""
+        if gate is None:
+            ranking = self.mask_ranking.get(adapter_name)
+            gate = self.mask_gate[adapter_name] if ranking is None else ranking.gate(self)
+        return Mask(gate, self.parameters_of(adapter_name), self.mask_layout[adapter_name])
+
+    def masks(self, adapter_names: list[str]) -> list[Mask]:
+        """Masks of several adapters, of those this layer has."""
+        return [self.mask(name) for name in adapter_names if name in self.mask_layout]
 
     def active_masks(self) -> list[Mask]:
         """Masks that the forward pass applies; none where adapters are disabled or merged."""
-        if self.disable_adapters or self.merged:
-            return []
-        return self.masks([name for name in self.active_adapters if name in self.mask_scores])
+        return [] if self.disable_adapters or self.merged else self.masks(self.active_adapters)
 
-    def _prepare_input(self, x: Tensor) -> Tensor:
-        """x in the dtype to compute in: autocast's where it is on, else the frozen weight's."""
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.frozen().weight.dtype
-        cast: Tensor = self._cast_input_dtype(x, dtype)
-        return cast
-
-    def masks(self, adapter_names: list[str]) -> list[Mask]:
-        """Offsets and gate of each adapter."""
-        return [(self.mask_scores[name], self.mask_gate[name]) for name in adapter_names]
+    # -- merging ----------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """W * (m - 1) of one adapter, (out, in), in the dtype of the offsets (at least fp32)."""
-        weight = self.pretrained_weight()
+        """W * (m - 1) of one adapter, in the weight's shape and the dtype of the gates (at least fp32)."""
+        weight = self.pretrained_matrix()
         with torch.no_grad():
             masked = masked_weight(weight, self.masks([adapter]))
-        return masked - weight.to(masked.dtype)
+        return self.unmatrix(masked - weight.to(masked.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """W * (m - 1) is an additive update."""
@@ -111,20 +178,20 @@ class MaskLayer(BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, when a score or a merged weight is not finite.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mask_scores]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mask_layout]
         if not names:
             return
-        base = self.frozen()
         original = self.pretrained_weight()
         everything = [*self.merged_adapters, *names]
         with torch.no_grad():
-            merged = masked_weight(original, self.masks(everything)).to(original.dtype)
+            merged = self.unmatrix(masked_weight(self.matrix(original), self.masks(everything))).to(original.dtype)
         # a score that is not a number can hide behind a hard gate, so the scores are looked at as well
-        if safe_merge and not all(torch.isfinite(t).all() for t in (merged, *(self.mask_scores[n] for n in names))):
+        scores = [parameter for name in names for parameter in self.parameters_of(name)]
+        if safe_merge and not all(torch.isfinite(t).all() for t in (merged, *scores)):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        if self._unmerged_weight is None:
-            self._unmerged_weight = original.clone()
-        base.weight.data.copy_(merged)
+        if self._unmerged is None:
+            self._unmerged = self.save_weight()
+        self.write_weight(merged)
         self.merged_adapters = everything
 
     def unmerge(self) -> None:
@@ -132,10 +199,41 @@ class MaskLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._unmerged_weight is not None
-        self.frozen().weight.data.copy_(self._unmerged_weight)
-        self._unmerged_weight = None
+        assert self._unmerged is not None
+        self.restore_weight(self._unmerged)
+        self._unmerged = None
         self.merged_adapters = []
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def _prepare_input(self, x: Tensor) -> Tensor:
+        """x in the dtype to compute in: autocast's where it is on, else the frozen weight's."""
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.weight_dtype()
+        cast: Tensor = self._cast_input_dtype(x, dtype)
+        return cast
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output with its weight masked."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        masks = self.active_masks()
+        if not masks:
+            return self.base_layer(x, *args, **kwargs)
+        if self.takes_floats:
+            x = self._prepare_input(x)
+        return self.masked_forward(x, masks, *args, **kwargs)
+
+    def masked_forward(self, x: Tensor, masks: list[Mask], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward pass, run on the masked weight."""
+        masked = self.unmatrix(masked_weight(self.weight_source(), masks))
+        dtype = x.dtype if self.takes_floats else self.weight_dtype()
+        return functional_call(self.base_layer, {self._path(): masked.to(dtype)}, (x, *args), kwargs)
+
+    def _path(self) -> str:
+        """Name of the masked parameter within `base_layer`."""
+        return self.parameter_name
 
 
 class Linear(nn.Module, MaskLayer):
@@ -145,20 +243,14 @@ class Linear(nn.Module, MaskLayer):
         super().__init__()
         MaskLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, kwargs.get("slices", ()))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x (..., in) -> (..., out)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        masks = self.active_masks()
-        if not masks:
-            y: Tensor = self.base_layer(x, *args, **kwargs)
-            return y
-        x, base = self._prepare_input(x), self.frozen()
-        if len(masks) == 1:
-            return masked_linear(x, base.weight, base.bias, masks[0])
-        return plain_masked_linear(x, base.weight, base.bias, masks)
+        return MaskLayer.forward(self, x, *args, **kwargs)
+
+    def masked_forward(self, x: Tensor, masks: list[Mask], *args: Any, **kwargs: Any) -> Any:
+        return masked_linear(x, self.weight_source(), getattr(self.frozen(), "bias", None), masks)
 
     def __repr__(self) -> str:
         return "mask." + super().__repr__()

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from maskft.errors import AdapterError, ModelError, gathered
 from maskft.fingerprint import fingerprint
-from maskft.targets import resolve_targets
+from maskft.targets import fused_heights, resolve_parameters, resolve_targets
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.layer import Linear, MaskLayer
+from maskft.tuner.kinds import ParamWrapper, make_layer
+from maskft.tuner.layer import MaskLayer
+from maskft.tuner.ranking import GlobalRanking
 
 
 class MaskModel(BaseTuner):
@@ -27,11 +29,22 @@ class MaskModel(BaseTuner):
         return peft_config  # targets are resolved from the model's structure in _prepare_model
 
     def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = set(
-                resolve_targets(model, scope=peft_config.scope, modules=peft_config.modules, layers=peft_config.layers)
-            )
+        if peft_config.target_modules is None and peft_config.target_parameters is None:
+            where: dict[str, Any] = {"scope": peft_config.scope, "modules": peft_config.modules, "layers": peft_config.layers}
+            peft_config.target_modules = set(resolve_targets(model, **where))
+            peft_config.target_parameters = resolve_parameters(model, **where) or None
         self._shared = _shared_weights(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then ranks the layers together where the configuration asks for it."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        layers = [m for m in model.modules() if isinstance(m, MaskLayer) and adapter_name in m.mask_layout]
+        if config.ranking == "global":
+            ranking = GlobalRanking(adapter_name, config.keep_ratio, config.init_weights != "random")
+            ranking.add(layers)
+            for layer in layers:
+                layer.mask_ranking[adapter_name] = ranking
 
     def _create_and_replace(
         self,
@@ -43,24 +56,36 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ModelError(
-                f"'{current_key}' cannot be masked: nn.MultiheadAttention reads its weight without calling it. "
-                "Take it out of target_modules."
-            )
-        weight = target.get_base_layer().weight if isinstance(target, MaskLayer) else getattr(target, "weight", None)
-        if owners := self._shared.get(id(weight)):
-            raise ModelError(
-                f"'{current_key}' cannot be masked: it shares its weight ({', '.join(owners)}), and merging the mask "
-                "would change all of them. Take it out of target_modules."
-            )
-        if isinstance(target, MaskLayer):
-            target.update_layer(adapter_name, peft_config)
+        base = target.get_base_layer() if isinstance(target, MaskLayer) else target
+        weight = getattr(base, parameter_name or "weight", None)
+        self._refuse_unsafe(weight, parent, current_key)
+        heights = fused_heights(target_name, weight, parent)
+        nested = isinstance(target, ParamWrapper) and parameter_name not in (None, target.parameter_name)
+        if isinstance(target, MaskLayer) and not nested:
+            target.update_layer(adapter_name, peft_config, heights)
             return
-        masked = Linear(target, adapter_name, peft_config)
+        masked = make_layer(
+            target, adapter_name, peft_config, name=current_key, parameter_name=parameter_name, slices=heights
+        )
         if adapter_name not in self.active_adapters:
             masked.requires_grad_(False)
         self._replace_module(parent, target_name, masked, target)
+
+    def _refuse_unsafe(self, weight: Any, parent: nn.Module, name: str) -> None:
+        """Raise ModelError where a mask would be without effect, or would change other modules."""
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ModelError(
+                f"'{name}' cannot be masked: nn.MultiheadAttention reads its weight without calling it. "
+                "Take it out of target_modules."
+            )
+        if owners := self._shared.get(id(weight)):
+            raise ModelError(
+                f"'{name}' cannot be masked: it shares its weight ({', '.join(owners)}), and merging the mask "
+                "would change all of them. Take it out of target_modules."
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Scores have the dtype that their configuration names, whatever PEFT casts adapters to."""
 
     @classmethod
     def _get_adapter_state_dict(
@@ -96,9 +121,9 @@ class MaskModel(BaseTuner):
         expected = {
             name: parameter.shape
             for name, parameter in model.named_parameters()
-            if name.endswith(f".mask_scores.{adapter_name}")
+            if _is_score(name) and name.endswith(f".{adapter_name}")
         }
-        _check_scores(expected, {k: v for k, v in remapped.items() if ".mask_scores" in k})
+        _check_scores(expected, {name: tensor for name, tensor in remapped.items() if _is_score(name)})
         return remapped
 
 
@@ -111,13 +136,23 @@ def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: names for key, names in owners.items() if len(names) > 1}
 
 
+def _is_score(name: str) -> bool:
+    return any(f".{kept}." in name or name.endswith(f".{kept}") for kept in MaskLayer.adapter_layer_names)
+
+
 def _masked_base_weights(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Frozen weights under the adapter's masks, by the name of their layer in the base model."""
     return {
-        name.removeprefix("base_model.model."): module.pretrained_weight()
+        _base_name(name, module): module.pretrained_weight()
         for name, module in model.named_modules()
-        if isinstance(module, MaskLayer) and adapter_name in module.mask_scores
+        if isinstance(module, MaskLayer) and adapter_name in module.mask_layout
     }
+
+
+def _base_name(name: str, module: MaskLayer) -> str:
+    """The masked parameter's place in the base model; a layer's weight goes by the name of its layer."""
+    bare = name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return f"{bare}.{module.parameter_name}" if isinstance(module, ParamWrapper) else bare
 
 
 def _check_scores(expected: dict[str, torch.Size], given: dict[str, Tensor]) -> None:

@@ -1,0 +1,57 @@
+"""Ranking scores over all masked matrices together, for hard masks with `ranking="global"`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from maskft.gates import TopKGlobal, global_cut
+
+if TYPE_CHECKING:
+    from maskft.tuner.layer import MaskLayer
+
+
+class GlobalRanking:
+    """Gates of one adapter's layers that share a cut, found anew whenever a score has changed.
+
+    Finding it reads every score once and sorts none (`torch.kthvalue`), for each training step.
+
+    Args:
+        adapter_name: whose scores are ranked.
+        keep_ratio: share of all masked weights that stay.
+        magnitude_start: rank |D + |W|/rms(W)| instead of |D|.
+    """
+
+    def __init__(self, adapter_name: str, keep_ratio: float, magnitude_start: bool) -> None:
+        self.adapter_name = adapter_name
+        self.keep_ratio = keep_ratio
+        self.magnitude_start = magnitude_start
+        self.layers: list[MaskLayer] = []
+        self._gates: dict[int, TopKGlobal] = {}
+        self._seen: list[tuple[int, int]] = []
+
+    def add(self, layers: Iterable[MaskLayer]) -> None:
+        """Layers to rank, in the order in which ties are settled."""
+        self.layers = list(layers)
+
+    def gate(self, layer: MaskLayer) -> TopKGlobal:
+        """The layer's gate at the present scores."""
+        seen = [(id(p), p._version) for one in self.layers for p in one.parameters_of(self.adapter_name)]
+        if seen != self._seen:
+            self._refresh()
+            self._seen = seen
+        return self._gates[id(layer)]
+
+    def _refresh(self) -> None:
+        draft = TopKGlobal(torch.zeros(()), 0, self.magnitude_start)
+        sizes = []
+        with torch.no_grad():
+            for layer in self.layers:
+                weight = layer.pretrained_matrix()
+                mask = layer.mask(self.adapter_name, draft)
+                sizes.append(draft.score(mask.offset(weight), weight).abs())
+            cut, ties = global_cut(sizes, self.keep_ratio)
+        gates = (TopKGlobal(cut, n, self.magnitude_start) for n in ties)
+        self._gates = dict(zip(map(id, self.layers), gates, strict=True))
