@@ -17,7 +17,7 @@ LEVELS = {
     **dict.fromkeys(("gates", "scores", "fingerprint"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim"), 3),
-    **dict.fromkeys(("recipe", "data", "vlm", "adapters"), 4),
+    **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit"), 4),
     "runs": 5,
     "trainer": 6,
     "training": 7,

@@ -38,6 +38,10 @@ class RunError(UserError):
     """A run folder is missing something, or belongs to another recipe."""
 
 
+class AuditError(UserError):
+    """A strict audit found masks that cannot learn."""
+
+
 class MissingExtraError(UserError, ImportError):
     """An optional package is not installed."""
 

@@ -137,6 +137,7 @@ class TopK:
     magnitude_start: bool = True
     slices: tuple[int, ...] = ()
     identity_at_start = False
+    hard = True
 
     def score(self, offset: Tensor, weight: Tensor) -> Tensor:
         """S, in the dtype of `offset`."""
@@ -174,6 +175,7 @@ class TopKGlobal:
     ties: int
     magnitude_start: bool = True
     identity_at_start = False
+    hard = True
 
     def score(self, offset: Tensor, weight: Tensor) -> Tensor:
         """S, in the dtype of `offset`."""
@@ -213,6 +215,7 @@ class Threshold:
     init_gate: float
     temperature: float = 1.0
     identity_at_start = True
+    hard = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return (offset >= -self.temperature * _logit(self.init_gate)).to(offset.dtype)

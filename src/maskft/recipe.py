@@ -143,6 +143,13 @@ class EvaluationSection(_Section):
     """Scores one answer; see maskft.evaluation.metrics."""
 
 
+class AuditSection(_Section):
+    """A look at the first steps: do all masks learn, and is the start a sane one?"""
+
+    strict: bool = False
+    """Stop at a finding instead of warning."""
+
+
 class Recipe(_Section):
     """Everything that defines a run."""
 
@@ -152,6 +159,7 @@ class Recipe(_Section):
     training: dict[str, Any] = {}
     """Fields of TRL's SFTConfig."""
     evaluation: EvaluationSection = EvaluationSection()
+    audit: AuditSection = AuditSection()
 
     def to_yaml(self) -> str:
         """The whole recipe with every default written out."""
@@ -238,6 +246,7 @@ def _allowed(loc: Iterable[Any]) -> list[str]:
         "model": ModelSection,
         "method": MaskMethod,
         "evaluation": EvaluationSection,
+        "audit": AuditSection,
         "easy-vqa": EasyVqaData,
         "files": FilesData,
         "mask": MaskMethod,

@@ -14,12 +14,20 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
+from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.runs import write_json
 
 
 def make_trainer(
-    model: Any, arguments: Any, *, collator: Collator, processor: Any, parts: Mapping[str, Any], log: Path
+    model: Any,
+    arguments: Any,
+    *,
+    collator: Collator,
+    processor: Any,
+    parts: Mapping[str, Any],
+    log: Path,
+    audit: MaskAudit,
 ) -> SFTTrainer:
     """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it."""
     trainer = LabelledPositionsTrainer(
@@ -29,8 +37,9 @@ def make_trainer(
         train_dataset=parts["train"],
         eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
         processing_class=processor,
-        callbacks=[Watch(log)],
+        callbacks=[Watch(log), audit],
     )
+    trainer.audit = audit
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     return trainer
 
@@ -40,7 +49,18 @@ class LabelledPositionsTrainer(SFTTrainer):
 
     There, TRL's own loss projects every position on the whole vocabulary in fp32, which is half of a step of a small
     model. Elsewhere, and for losses other than the plain one, TRL's code runs.
+
+    Attributes:
+        audit: told the loss of the first batch and the base's on it, where the gates don't start at 1.
     """
+
+    audit: MaskAudit
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.state.global_step == 0 and self.audit.wants_base_loss(model):
+            self.audit.first_batch(model, self._prepare_inputs(inputs), labelled_loss)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

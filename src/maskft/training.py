@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import SFTConfig
 
+from maskft.audit import MaskAudit
 from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
 from maskft.recipe import MaskMethod, Recipe
@@ -122,6 +123,7 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         processor=ready.processor,
         parts=ready.parts,
         log=output / LOG,
+        audit=MaskAudit(strict=recipe.audit.strict),
     )
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
