@@ -15,7 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from maskft import MaskConfig
 from maskft.errors import UserError
 from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
-from maskft.tuner import MaskModel
+from maskft.tuner import MaskModel, register_gate
+from maskft.tuner import config as config_module
 from maskft.tuner.register import mask_peft_type, register
 
 
@@ -152,3 +153,21 @@ class TestStoring:
     def test_copies(self) -> None:
         config = MaskConfig(**FULL)
         assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+class TestRegisteringAGate:
+    @pytest.fixture(autouse=True)
+    def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(config_module, "GATES", dict(config_module.GATES))
+        register_gate("warm", lambda config: Centered(10 * config.temperature))
+
+    def test_is_known_by_its_name(self) -> None:
+        assert MaskConfig(gate="warm", temperature=2.0).make_gate() == Centered(20.0)
+
+    def test_is_named_in_errors(self) -> None:
+        with pytest.raises(UserError, match="allowed: soft, normalized, centered, topk, threshold, warm"):
+            MaskConfig(gate="wram")
+
+    def test_a_taken_name_is_refused(self) -> None:
+        with pytest.raises(UserError, match="there is a gate 'warm' already"):
+            register_gate("warm", lambda config: Centered())

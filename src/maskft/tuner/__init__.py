@@ -1,11 +1,11 @@
 """Mask fine-tuning as a method of PEFT. Importing this package registers it, once."""
 
 from maskft.tuner.attach import attach, attach_saved
-from maskft.tuner.config import MaskConfig
+from maskft.tuner.config import MaskConfig, register_gate
 from maskft.tuner.layer import Linear, MaskLayer
 from maskft.tuner.model import MaskModel
 from maskft.tuner.register import register
 
-__all__ = ["Linear", "MaskConfig", "MaskLayer", "MaskModel", "attach", "attach_saved"]
+__all__ = ["Linear", "MaskConfig", "MaskLayer", "MaskModel", "attach", "attach_saved", "register_gate"]
 
 register(MaskConfig, MaskModel)

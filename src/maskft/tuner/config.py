@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ from maskft.scores import PUBLISHED_STD, Block, Column, Dense, Layout, LowRank, 
 from maskft.targets import MODULES, SCOPES
 from maskft.tuner.register import mask_peft_type
 
-GATES = ("soft", "normalized", "centered", "topk", "threshold")
 STARTS = (True, False, "random")
 RANKINGS = ("matrix", "global")
 LAYOUTS = ("dense", "low-rank", "row", "column", "block")
@@ -127,15 +126,7 @@ class MaskConfig(PeftConfig):
 
     def make_gate(self) -> Gate:
         """The gate these fields describe."""
-        gates: dict[str, Any] = {
-            "soft": lambda: Soft(self.init_gate, self.temperature, self.straight_through),
-            "normalized": lambda: Normalized(self.init_gate, self.temperature, self.straight_through),
-            "centered": lambda: Centered(self.temperature, self.straight_through),
-            "topk": lambda: TopK(self.keep_ratio, magnitude_start=self.init_weights != "random"),
-            "threshold": lambda: Threshold(self.init_gate, self.temperature),
-        }
-        gate: Gate = gates[self.gate]()
-        return gate
+        return GATES[self.gate](self)
 
     def make_layout(self) -> Layout:
         """How the scores are kept."""
@@ -157,3 +148,28 @@ class MaskConfig(PeftConfig):
         if self.init_weights is False:
             return 1.0
         return PUBLISHED_STD if self.init_weights == "random" else 0.0
+
+
+GATES: dict[str, Callable[[MaskConfig], Gate]] = {
+    "soft": lambda c: Soft(c.init_gate, c.temperature, c.straight_through),
+    "normalized": lambda c: Normalized(c.init_gate, c.temperature, c.straight_through),
+    "centered": lambda c: Centered(c.temperature, c.straight_through),
+    "topk": lambda c: TopK(c.keep_ratio, magnitude_start=c.init_weights != "random"),
+    "threshold": lambda c: Threshold(c.init_gate, c.temperature),
+}
+"""Gates by the name `MaskConfig.gate` knows them by."""
+
+
+def register_gate(name: str, make: Callable[[MaskConfig], Gate]) -> None:
+    """Make a gate of your own known as `MaskConfig(gate=name)`; adapters with it load where it is registered.
+
+    Args:
+        name: a new name.
+        make: builds the gate from a configuration's fields.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in GATES:
+        raise UserError(f"there is a gate '{name}' already; give yours another name.")
+    GATES[name] = make
