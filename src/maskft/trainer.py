@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
+from maskft.optim import StochasticAdamW
 from maskft.runs import write_json
 
 
@@ -38,10 +39,19 @@ def make_trainer(
         eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
         processing_class=processor,
         callbacks=[Watch(log), audit],
+        optimizer_cls_and_kwargs=_optimizer(model, arguments),
     )
     trainer.audit = audit
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     return trainer
+
+
+def _optimizer(model: Any, arguments: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """Stochastic rounding for scores in bf16, which small steps would not move otherwise; else Trainer's own choice."""
+    if not any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+        return None
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return StochasticAdamW, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
 class LabelledPositionsTrainer(SFTTrainer):
