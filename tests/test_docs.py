@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from maskft.tuner.config import GATES
 from maskft.vlm.embedded import embedded_base
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
 
 
@@ -46,3 +47,10 @@ def test_the_readme_commands_are_the_makefiles() -> None:
     named = set(re.findall(r"\bmake ([a-z0-9-]+)", "".join(page.read_text() for page in PAGES)))
     assert {"demo", "test"} <= named
     assert named <= targets
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_has_a_page_with_its_picture(gate: str) -> None:
+    page = ROOT / "docs" / "gates" / f"{gate}.md"
+    assert f"]({gate}.svg)" in page.read_text()
+    assert f'gate="{gate}"' in page.read_text()
