@@ -55,7 +55,7 @@ class TestBeforeTraining:
     def test_names_the_layers(self) -> None:
         config = MaskConfig(layers="last-third")
         (finding,) = start_findings(masked(layers="last-third"), "default", config)
-        assert "only layers 4 to 5 of the 6 in base_model.model.model.layers" in finding.message
+        assert "only layers 4 to 5 of the language model's 6" in finding.message
 
     def test_stacks_are_told_apart(self) -> None:
         config = MaskConfig(scope=["language", "projector"])
@@ -176,7 +176,7 @@ class TestCallback:
 
     def test_strict_stops_before_the_first_step(self, tmp_path: Path) -> None:
         model = masked(layers="first-third")
-        with pytest.raises(AuditError, match="only layers 0 to 1 of the 6"):
+        with pytest.raises(AuditError, match="only layers 0 to 1 of the language model's 6"):
             train(model, tmp_path, MaskAudit(strict=True))
         assert not any(parameter.any() for parameter in scores_of(model).values())
 
@@ -207,6 +207,7 @@ class TestCallback:
 
         audit = MaskAudit(strict=True)
         train(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])), tmp_path, audit)
+        train(tiny_llama(), tmp_path, audit)  # no adapter at all
         assert audit.findings == []
 
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from maskft.errors import AuditError, gathered
 from maskft.gates import Gate
+from maskft.targets import find_weights
 from maskft.tuner import MaskConfig, MaskLayer
 
 NEAR_START = 0.9
@@ -69,14 +70,14 @@ def start_findings(model: Any, adapter_name: str, config: MaskConfig) -> Iterato
             f"the soft gate starts at {config.init_gate}: every masked weight is scaled by it before the first step. "
             f"Set init_gate to {NEAR_START} or more, or use gate 'normalized', which starts at exactly 1.",
         )
-    for path, depth, masked in _stacks(model, adapter_name):
-        for kind, alone in (("shallow", max(masked) < depth / 3), ("deep", min(masked) >= 2 * depth / 3)):
-            if alone:
-                yield Finding(
-                    kind,
-                    f"only layers {min(masked)} to {max(masked)} of the {depth} in {path} are masked. Masking {kind} "
-                    "layers alone is reported to cost 3 to 5 points; set layers to 'all' or 'middle-third'.",
-                )
+    depth, masked = _language_layers(model, adapter_name)
+    for kind, alone in (("shallow", max(masked) < depth / 3), ("deep", min(masked) >= 2 * depth / 3)) if masked else ():
+        if alone and depth >= 3:
+            yield Finding(
+                kind,
+                f"only layers {min(masked)} to {max(masked)} of the language model's {depth} are masked. Masking {kind}"
+                " layers alone is reported to cost 3 to 5 points; set layers to 'all' or 'middle-third'.",
+            )
 
 
 def gradient_findings(model: Any, adapter_name: str, epsilon: float | None) -> Iterator[Finding]:
@@ -243,14 +244,12 @@ class MaskAudit(TrainerCallback):
             self.report([Finding("unmoved", f"{what} in {state.global_step} steps. {advice}the scores.")])
 
 
-def _stacks(model: Any, adapter_name: str) -> Iterator[tuple[str, int, list[int]]]:
-    """Name, depth and masked indices of each stack of three layers or more that has masks."""
-    names = list(masked_layers(model, adapter_name))
-    for path, stack in model.named_modules():
-        if isinstance(stack, nn.ModuleList) and len(stack) >= 3:
-            masked = [i for i in range(len(stack)) if any(name.startswith(f"{path}.{i}.") for name in names)]
-            if masked:
-                yield path, len(stack), masked
+def _language_layers(model: Any, adapter_name: str) -> tuple[int, set[int]]:
+    """How many layers the language model has, and the numbers of those with a mask."""
+    places = {w.name: w.layer for w in find_weights(model) if w.part == "language" and w.layer is not None}
+    masked = {name.replace(".base_layer", "") for name in masked_layers(model, adapter_name)}
+    found = {layer for name, layer in places.items() if name in masked or name.rpartition(".")[0] in masked}
+    return max(places.values(), default=-1) + 1, found
 
 
 def _unwrapped(model: Any) -> Any:
@@ -272,6 +271,8 @@ def _active(model: Any) -> list[tuple[str, MaskConfig]]:
     """Active mask adapters of a model, however it is wrapped."""
     model = _unwrapped(model)
     configs = getattr(model, "peft_config", {})
+    if not configs:  # Transformers models have the other attribute, which raises without adapters
+        return []
     active = getattr(model, "active_adapters", [])
     names = active() if callable(active) else active
     return [(name, configs[name]) for name in names if isinstance(configs.get(name), MaskConfig)]

@@ -6,8 +6,8 @@ checkpoints/checkpoint-N/   for resuming
 adapter_model.safetensors   the result (projector.safetensors after stage 1)
 adapter_config.json
 log.json                    the training log, one entry a logging step
-metrics.json                train, and after `maskft evaluate`: base, tuned, blind, test_examples (those of
-                                another split under its name)
+metrics.json                train, and after `maskft evaluate`: metric, base, tuned, blind, test_examples (those
+                                of another split under its name)
 answers-<split>.jsonl       every test question with both answers
 """
 
@@ -24,10 +24,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image
 from maskft.errors import DataError, ModelError, RecipeError, RunError
 from maskft.recipe import EasyVqaData, MaskMethod, Recipe, load_recipe
-from maskft.targets import PARTS
+from maskft.targets import projector_names
 from maskft.tuner import attach_saved
 from maskft.vlm.load import load_model, load_processor
 
@@ -172,6 +174,7 @@ def load_run(run: Path) -> LoadedRun:
         dtype=section.dtype,
         attention=section.attention,
         trust_remote_code=section.trust_remote_code,
+        quantization=section.quantization,
     )
     if masked:
         return LoadedRun(run, recipe, attach_saved(model, run).eval(), processor)
@@ -184,13 +187,16 @@ def load_run(run: Path) -> LoadedRun:
 
 
 def find_projector(model: Any) -> Any:
-    """The module between vision encoder and language model.
+    """The module between vision encoder and language model; a `ModuleDict` of them where there are several.
 
     Raises:
         ModelError: the model has none by a known name.
     """
-    names = PARTS["projector"]
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in names:
-            return module
-    raise ModelError(f"{type(model).__name__} has no projector; looked for {', '.join(sorted(names))}.")
+    names = projector_names(model)
+    if not names:
+        raise ModelError(
+            f"{type(model).__name__} has no projector by a known name. Its parts: "
+            f"{', '.join(name for name, _ in model.named_children())}."
+        )
+    modules = {name.replace(".", "/"): model.get_submodule(name) for name in names}
+    return next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
