@@ -40,6 +40,7 @@ def test_llava_file(tmp_path: Path, suffix: str, place: str) -> None:
             {"role": "user", "content": [IMAGE, said("What?")]},
             {"role": "assistant", "content": [said("A cat.")]},
         ],
+        "answers": None,
         "origin": f"train{suffix} {place}",
     }
 

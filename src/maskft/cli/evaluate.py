@@ -2,16 +2,105 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from maskft.cli.output import notes, percent, print_json, progress, quiet_libraries, result_console
+from maskft.cli.score import TITLES
 from maskft.errors import UserError
 
 
-def run(folder: Path, *, split: str, limit: int | None, show: int, as_json: bool) -> None:
+def run(
+    model: str,
+    benchmarks: list[str] | None,
+    held_out: dict[str, Any],
+    asked: dict[str, Any],
+    *,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Held-out questions, or benchmarks where some are named; each has options of its own, None where not given."""
+    own, others = (asked, held_out) if benchmarks else (held_out, asked)
+    if given := [f"--{name.replace('_', '-')}" for name, value in others.items() if value not in (None, [])]:
+        raise UserError(f"{', '.join(given)} can be used only {'without' if benchmarks else 'with'} --benchmark.")
+    settings = {name: value for name, value in own.items() if value not in (None, [])}
+    if benchmarks:
+        _on_benchmarks(model, benchmarks, limit=limit, as_json=as_json, **settings)
+    else:
+        _held_out(Path(model), limit=limit, as_json=as_json, **settings)
+
+
+def _on_benchmarks(
+    model: str,
+    benchmarks: list[str],
+    *,
+    limit: int | None,
+    as_json: bool,
+    data: Path | None = None,
+    adapters: Sequence[str] = (),
+    **settings: Any,
+) -> None:
+    if data is None:
+        raise UserError("--benchmark needs --data, the folder that holds gqa/, MMMU/, MME/, pope/ and so on.")
+    quiet_libraries()
+    from maskft.evaluation.run_benchmarks import run_benchmarks
+
+    paths = [path for given in adapters for path in _paths(given)]
+    outcome = run_benchmarks(model, benchmarks, data, adapters=paths, limit=limit, progress=progress, **settings)
+    if not outcome.main:
+        return
+    if as_json:
+        places = {name: {bench: str(path) for bench, path in row.items()} for name, row in outcome.files.items()}
+        report = {"output": str(outcome.output), "results": outcome.results, "answered": outcome.answered}
+        print_json({**report, "answers": places})
+    console = result_console(as_json)
+    if limit is None:
+        console.print(_side_by_side(outcome.results))
+        if longest := settings.get("max_new_tokens"):
+            console.print(f"answers of at most {longest} tokens, not of the benchmark's own length: not as in papers")
+    else:
+        for name, answered in outcome.answered.items():
+            counts = ", ".join(f"{count} questions of {bench}" for bench, count in answered.items())
+            console.print(f"{name} answered {counts}", markup=False)
+        console.print("no score with --limit: a score needs the answers to all questions")
+    console.print(f"answers  {_pattern(outcome.files)}", markup=False)
+    if limit is None:
+        console.print(f"results  {outcome.output / 'results.json'}", markup=False)
+
+
+def _pattern(files: dict[str, dict[str, Path]]) -> Path:
+    """All answers files in one line, such as out/{gqa,pope}/answers/{base,tuned}.jsonl."""
+    rows = list(files.values())
+    any_file = next(iter(rows[0].values()))
+    stem = _braces([next(iter(row.values())).stem for row in rows])
+    return any_file.parents[2] / _braces(list(rows[0])) / any_file.parent.name / f"{stem}{any_file.suffix}"
+
+
+def _braces(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else "{" + ",".join(names) + "}"
+
+
+def _paths(given: str) -> list[str]:
+    """A comma list of folders, unless a folder has that name."""
+    return [given] if Path(given).exists() else [part for part in given.split(",") if part]
+
+
+def _side_by_side(results: dict[str, dict[str, Any]]) -> Table:
+    """A row a benchmark, a column a model."""
+    table = Table(title="scored as the official scorers do")
+    table.add_column("benchmark")
+    for name in results:
+        table.add_column(escape(name), justify="right")
+    for bench in next(iter(results.values())):
+        table.add_row(TITLES[bench], *(f"{row[bench]['score']:.2f}" for row in results.values()))
+    return table
+
+
+def _held_out(folder: Path, *, limit: int | None, as_json: bool, split: str = "test", show: int = 6) -> None:
     if split not in ("test", "validation"):
         raise UserError(f"--split is '{split}'; it must be test or validation.")
     quiet_libraries()
@@ -33,8 +122,10 @@ def run(folder: Path, *, split: str, limit: int | None, show: int, as_json: bool
 
 
 def _score_table(scores: dict[str, Any], examples: int, trained: dict[str, Any]) -> Table:
+    from maskft.evaluation.metrics import METRIC_TITLES
+
     share = trained["trainable_parameters"] / trained["base_parameters"]
-    table = Table(title=f"exact match on {examples} held-out questions")
+    table = Table(title=f"{METRIC_TITLES[scores['metric']]} on {examples} held-out questions")
     for column in ("model", "accuracy", "95 % interval", "trainable", "training time"):
         table.add_column(column, justify="left" if column == "model" else "right")
     rows = (("base", "", ""), ("blind guess", "", ""), ("tuned", percent(share), f"{trained['seconds']:.0f} s"))

@@ -32,7 +32,8 @@ def progress(label: str) -> Any:
 
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
         total = len(items) if isinstance(items, Sized) else None
-        return track(items, description=label, total=total, console=notes, transient=True)
+        shown = notes.is_terminal  # elsewhere a bar would leave nothing but an empty line
+        return track(items, description=label, total=total, console=notes, transient=True, disable=not shown)
 
     return wrap
 

@@ -43,7 +43,10 @@ class ImageRoot:
 
 
 def llava_row(row: Mapping[str, Any], root: ImageRoot) -> dict[str, Any]:
-    """Convert {"id", "image"?, "conversations": [{"from", "value"}]}; `<image>` in human turns marks images."""
+    """Convert {"id", "image"?, "conversations": [{"from", "value"}], "answers"?}.
+
+    `<image>` in human turns marks images.
+    """
     turns = _required(row, "conversations", list)
     messages = []
     for number, item in enumerate(turns):
@@ -57,11 +60,11 @@ def llava_row(row: Mapping[str, Any], root: ImageRoot) -> dict[str, Any]:
     images = _images(row, "image", root)
     if not images and _count(messages):
         _suspect_key(row, "image")
-    return {"images": images, "messages": messages}
+    return {"images": images, "messages": messages, "answers": _answers(row)}
 
 
 def messages_row(row: Mapping[str, Any], root: ImageRoot) -> dict[str, Any]:
-    """Convert {"messages": [{"role", "content"}], "images" or "image"}.
+    """Convert {"messages": [{"role", "content"}], "images" or "image", "answers"?}.
 
     Content is a string or a list of parts {"type": "text" or "image", "text"}. In strings of user turns `<image>`
     marks images; if nothing marks one, the images go to the front of the first user turn.
@@ -89,7 +92,19 @@ def messages_row(row: Mapping[str, Any], root: ImageRoot) -> dict[str, Any]:
         plain[0]["content"] = [image_part() for _ in images] + plain[0]["content"]
     if not images and _count(messages):
         _suspect_key(row, "images")
-    return {"images": images, "messages": messages}
+    return {"images": images, "messages": messages, "answers": _answers(row)}
+
+
+def _answers(row: Mapping[str, Any]) -> list[str] | None:
+    """Return the references that a row lists beside the assistant's last turn, or None."""
+    given = row.get("answers")
+    if given is not None and not isinstance(given, list):
+        raise DataError(f"'answers' is {_kind(given)}, but must be a list of strings: right answers to the last turn.")
+    for number, text in enumerate(given or []):
+        if not isinstance(text, str):
+            raise DataError(f"answers[{number}] is {_kind(text)}, but must be a string.")
+        require_text(text, f"answers[{number}]")
+    return given or None
 
 
 def _split(text: str) -> list[dict[str, Any]]:

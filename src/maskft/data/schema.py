@@ -21,9 +21,12 @@ FEATURES = Features(
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
         ),
+        "answers": List(Value("string")),
         "origin": Value("string"),
     }
 )
+"""`answers` holds right answers to the last question for evaluation, where there are more than the assistant's; else
+it is null. Nothing is learnt from them."""
 COLUMNS = tuple(FEATURES)
 
 
