@@ -68,6 +68,11 @@ CASES = {
     "unknown training key": ([GOOD], ("training.learning_rat=1",), ["training.learning_rat", "'learning_rate'"]),
     "wrong value": ([GOOD], ("method.init_gate=1.5",), ["init_gate is 1.5", "between 0 and 1"]),
     "no such base": ([GOOD], ("model.base=./nowhere",), ["./nowhere", "config.json"]),
+    "nothing to choose a checkpoint on": (
+        [GOOD],
+        ("training.eval_strategy=epoch",),
+        ["training.eval_strategy is 'epoch'", "data.split.validation"],
+    ),
     "output set in the recipe": ([GOOD], ("training.output_dir=x",), ["--output"]),
 }
 
@@ -143,5 +148,5 @@ def test_dry_run_prints_everything_and_writes_nothing(
     assert seen["training_arguments"]["adam_epsilon"] == 1e-12
     assert seen["longest_example_tokens"] > 64
     assert call(monkeypatch, "train", QUICKSTART, "--output", output, "--dry-run", *overrides) == 0
-    assert "gate: normalized" in capsys.readouterr().out
+    assert "gate: soft" in capsys.readouterr().out
     assert not output.exists()

@@ -69,6 +69,7 @@ class TestDefaults:
             "layers": "0-1",
             "target_modules": ["a", "b"],
             "init_weights": "random",
+            "storage": "bits",
         }
         assert set(fields) | {"name"} == set(MaskMethod.model_fields)
         config = load(DATA, [f"method.{key}={value}" for key, value in fields.items()]).method.config()
@@ -294,6 +295,6 @@ def test_the_schema_names_the_gates_and_fields_of_mask_config() -> None:
     from maskft.recipe import MaskMethod
     from maskft.tuner.config import GATES, MaskConfig
 
-    assert get_args(MaskMethod.model_fields["gate"].annotation) == GATES
+    assert get_args(MaskMethod.model_fields["gate"].annotation) == tuple(GATES)
     assert set(MaskMethod.model_fields) - {"name"} <= {field.name for field in fields(MaskConfig)}
     assert MaskMethod().config().to_dict() == MaskConfig().to_dict()

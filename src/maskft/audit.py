@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,11 @@ from transformers import TrainerCallback
 
 from maskft.errors import AuditError, gathered
 from maskft.gates import Gate
+from maskft.linear import Mask
 from maskft.targets import find_weights
 from maskft.tuner import MaskConfig, MaskLayer
+from maskft.tuner.base import whole_weight
+from maskft.tuner.sharding import is_first_process, is_partitioned, mean_over_processes, whole
 
 NEAR_START = 0.9
 """A soft gate that starts below this is far from the pre-trained model: ten layers in a row would scale by 0.35."""
@@ -84,11 +87,11 @@ def gradient_findings(model: Any, adapter_name: str, epsilon: float | None) -> I
     """What the gradients of one step tell; `epsilon` is Adam's, where the optimizer has one."""
     without, broken, small = [], [], []
     for name, layer in masked_layers(model, adapter_name).items():
-        gradients = [parameter.grad for parameter in layer.parameters_of(adapter_name)]
-        if all(g is None or not g.any() for g in gradients):
+        gradients = [whole(p.grad) for p in layer.parameters_of(adapter_name) if p.grad is not None]
+        if not any(g.any() for g in gradients):
             without.append(name)
             continue
-        sizes = [g.abs() for g in gradients if g is not None]
+        sizes = [g.abs() for g in gradients]
         if not all(torch.isfinite(size).all() for size in sizes):
             broken.append(name)
         elif epsilon is not None and _median(sizes) < epsilon:
@@ -118,7 +121,7 @@ def score_findings(model: Any, adapter_name: str) -> Iterator[Finding]:
     """What the scores themselves tell."""
     broken, saturated = [], []
     for name, layer in masked_layers(model, adapter_name).items():
-        if not all(torch.isfinite(parameter).all() for parameter in layer.parameters_of(adapter_name)):
+        if not all(torch.isfinite(whole(parameter)).all() for parameter in layer.parameters_of(adapter_name)):
             broken.append(name)
         elif _saturated_share(layer, adapter_name) > 0.5:
             saturated.append(name)
@@ -154,10 +157,9 @@ def flipped_share(model: Any, adapter_name: str) -> float | None:
     """Share of a hard mask's entries that differ from a start at zero offsets; None for soft gates."""
     flipped = total = 0
     for layer in masked_layers(model, adapter_name).values():
-        mask = layer.mask(adapter_name)
+        mask, weight = _whole_mask(layer, adapter_name)
         if not _is_hard(mask.gate):
             return None
-        weight = layer.pretrained_matrix()
         with torch.no_grad():
             offset = mask.offset(weight)
             change = mask.gate.value(offset, weight) != mask.gate.value(torch.zeros_like(offset), weight)
@@ -189,7 +191,7 @@ class MaskAudit(TrainerCallback):
         self.findings += new
         if self.strict and new:
             raise AuditError("\n".join(finding.message for finding in new))
-        for finding in new:
+        for finding in new if is_first_process() else ():
             logger.warning("audit: %s", finding.message)
 
     def wants_base_loss(self, model: Any) -> bool:
@@ -199,19 +201,24 @@ class MaskAudit(TrainerCallback):
     def first_batch(
         self, model: Any, inputs: Mapping[str, Any], loss: Callable[[Any, Mapping[str, Any]], Tensor]
     ) -> None:
-        """Compare the masked model's loss on a batch with its base's; random numbers are left as they were."""
+        """Compare the masked model's loss on a batch with its base's; random numbers are left as they were.
+
+        The model may be wrapped for several processes, each of which calls this with a batch of its own.
+        """
         self._compared = True
-        bare = _unwrapped(model)
         with torch.no_grad(), torch.random.fork_rng():
-            masked = float(loss(bare, inputs))
-            with bare.disable_adapter():
-                base = float(loss(bare, inputs))
+            losses = [loss(model, inputs).float()]
+            with _unwrapped(model).disable_adapter():
+                losses.append(loss(model, inputs).float())
+            masked, base = mean_over_processes(torch.stack(losses)).tolist()
         for _, config in _active(model):
             self.report(collapse_finding(masked, base, config))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._first = state.global_step == 0
         for name, config in _active(model):
+            if self._first:
+                self._before[name] = _sums(model, name)
             self.report(start_findings(model, name, config))
 
     def on_pre_optimizer_step(
@@ -221,7 +228,6 @@ class MaskAudit(TrainerCallback):
             return
         epsilon = getattr(optimizer, "param_groups", [{}])[0].get("eps")
         for name, _ in _active(model):
-            self._before[name] = _sums(model, name)
             if _gradients_are_whole(model, name):
                 self.report(gradient_findings(model, name, epsilon))
 
@@ -262,7 +268,8 @@ def _unwrapped(model: Any) -> Any:
 def _at_base(model: Any, adapter_name: str) -> bool:
     """Whether every gate is exactly 1 now."""
     return all(
-        layer.mask_gate[adapter_name].identity_at_start and not any(p.any() for p in layer.parameters_of(adapter_name))
+        layer.mask_gate[adapter_name].identity_at_start
+        and not any(whole(p).any() for p in layer.parameters_of(adapter_name))
         for layer in masked_layers(model, adapter_name).values()
     )
 
@@ -281,13 +288,19 @@ def _active(model: Any) -> list[tuple[str, MaskConfig]]:
 def _sums(model: Any, adapter_name: str) -> tuple[float, ...]:
     """A number for each score tensor that changes when the tensor does."""
     parameters = (p for layer in masked_layers(model, adapter_name).values() for p in layer.parameters_of(adapter_name))
-    return tuple(float(p.detach().double().square().sum()) for p in parameters)
+    return tuple(float(whole(p).double().square().sum()) for p in parameters)
 
 
 def _gradients_are_whole(model: Any, adapter_name: str) -> bool:
-    """Whether gradients lie where autograd puts them, and not in a sharding library's own buffers."""
+    """Whether gradients lie where autograd puts them, and not in DeepSpeed's own buffers."""
     first = next(iter(masked_layers(model, adapter_name).values()), None)
-    return first is not None and not hasattr(first.parameters_of(adapter_name)[0], "ds_id")
+    return first is not None and not is_partitioned(first.parameters_of(adapter_name)[0])
+
+
+def _whole_mask(layer: MaskLayer, adapter_name: str) -> tuple[Mask, Tensor]:
+    """The adapter's mask and the matrix under it, put together by all processes where they are in pieces."""
+    mask = layer.mask(adapter_name)
+    return replace(mask, parameters=tuple(whole(p) for p in mask.parameters)), layer.matrix(whole_weight(layer))
 
 
 def _median(sizes: list[Tensor]) -> float:
@@ -298,10 +311,9 @@ def _median(sizes: list[Tensor]) -> float:
 
 def _saturated_share(layer: MaskLayer, adapter_name: str) -> float:
     """Share of gates near an end of their range; 0 for hard gates, which are always there."""
-    mask = layer.mask(adapter_name)
+    mask, weight = _whole_mask(layer, adapter_name)
     if _is_hard(mask.gate):
         return 0.0
-    weight = layer.pretrained_matrix()
     with torch.no_grad():
         offset = mask.offset(weight)
         value = mask.gate.value(offset, weight)

@@ -61,25 +61,32 @@ def masked_weight(weight: Weight, masks: Sequence[Mask]) -> Tensor:
     frozen = weight if isinstance(weight, Tensor) else weight()
     product = frozen
     for mask in masks:
-        product = _Masked.apply(product, frozen, mask.gate, mask.layout, *mask.parameters)  # type: ignore[no-untyped-call]
+        before = None if product is frozen else product  # torch.compile wants each tensor once
+        product = _Masked.apply(before, frozen, mask.gate, mask.layout, *mask.parameters)  # type: ignore[no-untyped-call]
     return product
 
 
 def masked_linear(x: Tensor, weight: Weight, bias: Tensor | None, masks: Sequence[Mask]) -> Tensor:
     """x (W * m(D))^T + b in the dtype of x; see the module's docstring."""
     if len(masks) != 1:
-        return F.linear(x, masked_weight(weight, masks).to(x.dtype), _like(bias, x))
+        masked = masked_weight(weight, masks).to(x.dtype)
+        return F.linear(x, _ordered(masked, weight) if isinstance(weight, Tensor) else masked, _like(bias, x))
     mask = masks[0]
     y: Tensor = _MaskedLinear.apply(x, weight, bias, mask.gate, mask.layout, *mask.parameters)  # type: ignore[no-untyped-call]
     return y
 
 
-def plain_masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, masks: Sequence[Mask]) -> Tensor:
-    """The same by autograd alone."""
+def plain_masked_weight(weight: Tensor, masks: Sequence[Mask]) -> Tensor:
+    """`masked_weight` by autograd alone."""
     product = weight
     for mask in masks:
         product = _Gated.apply(mask.offset(weight), weight, mask.gate) * product  # type: ignore[no-untyped-call]
-    return F.linear(x, product.to(x.dtype), _like(bias, x))
+    return product
+
+
+def plain_masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, masks: Sequence[Mask]) -> Tensor:
+    """`masked_linear` by autograd alone."""
+    return F.linear(x, plain_masked_weight(weight, masks).to(x.dtype), _like(bias, x))
 
 
 class _Gated(torch.autograd.Function):
@@ -98,13 +105,16 @@ class _Gated(torch.autograd.Function):
 
 
 class _Masked(torch.autograd.Function):
-    """product * m(D), keeping the product, W and the scores; the product is W or what other masks made of it."""
+    """product * m(D), keeping the product, W and the scores; the product is what other masks made of W, or None: W."""
 
     @staticmethod
-    def forward(ctx: Any, product: Tensor, weight: Tensor, gate: Gate, layout: Layout, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, product: Tensor | None, weight: Tensor, gate: Gate, layout: Layout, *parameters: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(product, weight, *parameters)
         ctx.gate, ctx.layout = gate, layout
-        return gate.value(Mask(gate, parameters, layout).offset(weight), weight).mul_(product)
+        m = gate.value(Mask(gate, parameters, layout).offset(weight), weight)
+        return m.mul_(weight if product is None else product)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,7 +124,7 @@ class _Masked(torch.autograd.Function):
         m = mask.gate.value(offset, weight)
         scores: list[Tensor | None] = [None] * len(parameters)
         if any(ctx.needs_input_grad[4:]):
-            scores = [*mask.gradients(offset, weight, m, product, grads[0])]
+            scores = [*mask.gradients(offset, weight, m, weight if product is None else product, grads[0])]
         dproduct = m.mul_(grads[0]).to(product.dtype) if ctx.needs_input_grad[0] else None
         return dproduct, None, None, None, *scores
 
@@ -127,8 +137,10 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.kept, ctx.gate, ctx.layout = isinstance(weight, Tensor), gate, layout
         ctx.weight = None if ctx.kept else weight
         ctx.save_for_backward(x, *([weight] if isinstance(weight, Tensor) else []), *parameters)
-        masked = masked_weight(weight, [Mask(gate, parameters, layout)])
-        return F.linear(x, masked.to(x.dtype), _like(bias, x))
+        frozen = weight if isinstance(weight, Tensor) else weight()
+        masked = gate.value(Mask(gate, parameters, layout).offset(frozen), frozen).mul_(frozen)
+        # data: of more than two dimensions the result is a view, which callers could not change in place
+        return F.linear(x, _ordered(masked.to(x.dtype), frozen), _like(bias, x)).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,6 +157,11 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ m.mul_(weight).to(dy.dtype)
         return dx, None, None, None, None, *scores
+
+
+def _ordered(masked: Tensor, weight: Tensor) -> Tensor:
+    """A masked weight (out, in) that lies in memory as W does, so that its products are summed as those of W."""
+    return masked if masked.stride() == weight.stride() else masked.mT.contiguous().mT
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -64,6 +64,8 @@ class ModelSection(_Section):
     """A folder or hub id of an image-text-to-text model; "embedded" (the composed demo model) or
     "embedded-unaligned" (the same before its projector was trained)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "nf4", "fp4", "int8", "int8-torchao"] = "none"
+    """Keep the frozen weights of the language model in 4 or 8 bits, by bitsandbytes or torchao: docs/quantised.md."""
     attention: str | None = None
     """Transformers' attn_implementation, such as "sdpa", "eager" or "flash_attention_2"; default: its own choice."""
     trust_remote_code: bool = False
@@ -89,6 +91,7 @@ class MaskMethod(_Section):
     layers: str | list[int] = "all"
     target_modules: list[str] | str | None = None
     init_weights: bool | Literal["random"] = True
+    storage: Literal["float32", "int8", "int4", "bits"] = MaskConfig.storage  # type: ignore[assignment]
 
     def config(self) -> MaskConfig:
         """The adapter's configuration."""

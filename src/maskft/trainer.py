@@ -18,6 +18,7 @@ from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.optim import StochasticAdamW
 from maskft.runs import write_json
+from maskft.tuner import kept_scores
 
 
 def make_trainer(
@@ -31,19 +32,32 @@ def make_trainer(
     audit: MaskAudit,
 ) -> SFTTrainer:
     """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it."""
-    trainer = LabelledPositionsTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=parts["train"],
-        eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
-        processing_class=processor,
-        callbacks=[Watch(log), audit],
-        optimizer_cls_and_kwargs=_optimizer(model, arguments),
-    )
+    with kept_scores(model):
+        trainer = LabelledPositionsTrainer(
+            model=model,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=parts["train"],
+            eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
+            processing_class=processor,
+            callbacks=[Watch(log), audit],
+            optimizer_cls_and_kwargs=_optimizer(model, arguments),
+        )
     trainer.audit = audit
+    _name_layers(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     return trainer
+
+
+def _name_layers(trainer: SFTTrainer) -> None:
+    """Name the classes of layers that FSDP takes to pieces one by one, where the launch names none.
+
+    Transformers' own list for a model also has classes of other models of its family, which accelerate refuses.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in trainer.model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(there & set(trainer.model._no_split_modules or ()))
 
 
 def _optimizer(model: Any, arguments: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
@@ -99,20 +113,22 @@ def labelled_loss(model: Any, inputs: Mapping[str, Any], items: Any = None) -> T
 
 
 class Watch(TrainerCallback):
-    """A progress bar on stderr, and the log on disk as it grows."""
+    """A progress bar on stderr, and the log on disk as it grows; of several processes, by the first."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr)
+        quiet = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, disable=quiet)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        write_json(self.log, state.log_history)
+        if state.is_world_process_zero:
+            write_json(self.log, state.log_history)
         if logs and "loss" in logs and self.bar is not None:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ from maskft.runs import (
 )
 from maskft.trainer import make_trainer
 from maskft.tuner import attach
+from maskft.tuner.sharding import full_shape, is_first_process, is_sharded, whole
 from maskft.vlm.load import load_model, load_processor
 
 CHECKPOINTS = "checkpoints"
@@ -77,8 +79,11 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
             raise RecipeError(
                 f"unknown key 'training.{key}'.{did_you_mean(key, fields)} Allowed are the fields of TRL's SFTConfig."
             )
+    masked = isinstance(recipe.method, MaskMethod)
+    # FSDP's own bf16 would round the scores as well, and a base in bf16 computes in it anyway
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     computed = {
-        "bf16": recipe.model.dtype == "bfloat16",
+        "bf16": recipe.model.dtype == "bfloat16" and not (masked and sharded),
         "fp16": recipe.model.dtype == "float16",
         "use_cpu": not torch.accelerator.is_available(),
     }
@@ -97,7 +102,8 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
 def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict[str, Any]:
     """Train into the folder `output`, resuming an interrupted run of the same recipe there.
 
-    Nothing is written before recipe, data, model and targets have been checked.
+    Nothing is written before recipe, data, model and targets have been checked. Where several processes were launched,
+    each of them calls this, and the first one speaks and writes.
 
     Returns:
         The content of metrics.json, with `train` filled in.
@@ -106,15 +112,19 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         RecipeError, DataError, ModelError: what the user gave cannot be used.
         RunError: `output` holds a run of another recipe.
     """
+    first = is_first_process()
+    say = say if first else lambda text: None
     if _finished(recipe, output):
         say(f"{output} already holds a finished run of this recipe.")
         return read_metrics(output)
     ready = _prepare(recipe, output, say)
     say(f"training {ready.trainable:,} parameters beside a base of {ready.base_parameters:,}")
 
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / RECIPE, recipe.to_yaml())
-    write_json(output / "environment.json", environment())
+    ready.arguments.distributed_state.wait_for_everyone()  # until every process has looked at the folder
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RECIPE, recipe.to_yaml())
+        write_json(output / "environment.json", environment())
     _keep_freed_memory()
     trainer = make_trainer(
         ready.model,
@@ -133,21 +143,18 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
     seconds = time.monotonic() - started
 
     _save_result(recipe, trainer.model, output)
-    return update_metrics(
-        output,
-        {
-            "train": {
-                "seconds": round(seconds, 1),
-                "steps": state.global_step,
-                "epochs": round(trainer.state.epoch or 0.0, 4),
-                "examples": len(ready.parts["train"]),
-                "loss": round(state.training_loss, 4),
-                "trainable_parameters": ready.trainable,
-                "base_parameters": ready.base_parameters,
-                "resumed_from_step": int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else None,
-            }
-        },
-    )
+    trained = {
+        "seconds": round(seconds, 1),
+        "steps": state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "examples": len(ready.parts["train"]),
+        "loss": round(state.training_loss, 4),
+        "trainable_parameters": ready.trainable,
+        "base_parameters": ready.base_parameters,
+        "resumed_from_step": _step(checkpoint),
+        "best_step": _step(trainer.state.best_model_checkpoint),
+    }
+    return update_metrics(output, {"train": trained}) if first else {"train": trained}
 
 
 def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
@@ -188,8 +195,14 @@ class _Ready:
 def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
     """Load and check everything, cheapest first, writing nothing."""
     arguments = training_arguments(recipe, output)
-    parts = load_data(recipe)
     section = recipe.model
+    if section.quantization != "none" and not isinstance(recipe.method, MaskMethod):
+        raise RecipeError(
+            f"model.quantization is '{section.quantization}', which is for the method 'mask'; train the projector "
+            "with none."
+        )
+    parts = load_data(recipe)
+    _require_validation(arguments, parts)
     processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
     longest = 0
     for name, part in parts.items():
@@ -201,8 +214,10 @@ def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
         dtype=section.dtype,
         attention=section.attention,
         trust_remote_code=section.trust_remote_code,
+        quantization=section.quantization,
     )
-    base_parameters = sum(p.numel() for p in model.parameters())
+    unseen = sum(full_shape(p).numel() - p.numel() for p in model.parameters())  # in other processes
+    base_parameters = model.num_parameters() + unseen  # also of a quantised model, whose tensors are packed
     set_seed(arguments.seed)  # hard masks may start random
     if isinstance(recipe.method, MaskMethod):
         model = attach(model, recipe.method.config())
@@ -210,6 +225,20 @@ def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
         _unfreeze_projector(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return _Ready(arguments, parts, processor, model, longest, base_parameters, trainable)
+
+
+def _require_validation(arguments: Any, parts: Mapping[str, Any]) -> None:
+    """Raise RecipeError where a checkpoint is to be chosen on what isn't there."""
+    if arguments.eval_strategy != "no" and "validation" not in parts:
+        raise RecipeError(
+            f"training.eval_strategy is '{arguments.eval_strategy.value}', but there is no validation part. Set "
+            "data.validation or data.split.validation."
+        )
+    if arguments.load_best_model_at_end and arguments.metric_for_best_model not in ("loss", "eval_loss"):
+        raise RecipeError(
+            f"training.metric_for_best_model is '{arguments.metric_for_best_model}'; only eval_loss is measured while "
+            "training."
+        )
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -236,6 +265,11 @@ def _finished(recipe: Recipe, output: Path) -> bool:
     return "train" in read_metrics(output)
 
 
+def _step(checkpoint: Path | str | None) -> int | None:
+    """The step in a checkpoint's name."""
+    return int(str(checkpoint).rsplit("-", 1)[1]) if checkpoint else None
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -245,7 +279,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     def wrap(items: Iterable[Any]) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(items, desc=label, file=sys.stderr, leave=False, mininterval=0.5)
+        quiet = not is_first_process()
+        bar: Iterable[Any] = tqdm(items, desc=label, file=sys.stderr, leave=False, mininterval=0.5, disable=quiet)
         return bar
 
     return wrap
@@ -258,16 +293,26 @@ def _unfreeze_projector(model: Any) -> None:
 
 
 def _save_result(recipe: Recipe, model: Any, output: Path) -> None:
-    """Write the adapter (or the projector) next to the recipe, through a folder of its own so that it is whole."""
+    """Write the adapter (or the projector) next to the recipe, through a folder of its own so that it is whole.
+
+    Every process calls this, since what was trained may be in pieces; the first one writes.
+    """
+    trained = model if isinstance(recipe.method, MaskMethod) else find_projector(model)
+    parameters = dict(trained.named_parameters())
+    state = {name: whole(p).cpu() for name, p in parameters.items() if p.requires_grad}
+    if not is_first_process():
+        return
     if not isinstance(recipe.method, MaskMethod):
         from safetensors.torch import save_file
 
-        state = {name: tensor.detach().bfloat16() for name, tensor in find_projector(model).state_dict().items()}
-        save_file(state, output / PROJECTOR)
+        buffers = {name: tensor for name, tensor in trained.state_dict().items() if name not in parameters}
+        save_file({name: t.bfloat16().contiguous() for name, t in {**buffers, **state}.items()}, output / PROJECTOR)
         return
     staging = output / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
+    if not (recipe.method.storage == "bits" and any(map(is_sharded, parameters.values()))):
+        model.requires_grad_(False)  # training is over: scores are written as method.storage says
+    model.save_pretrained(staging, state_dict=state)
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # the weights last: they mark a finished run
         (staging / name).replace(output / name)
     shutil.rmtree(staging)

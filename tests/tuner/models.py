@@ -8,7 +8,21 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from maskft import MaskConfig
 
@@ -50,6 +64,27 @@ def tiny_llava(seed: int = 0) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN, vision_feature_layer=-1)
     ).eval()
+
+
+def tiny_language_models() -> dict[str, PreTrainedConfig]:
+    """Two layers each: plain linear layers, GPT-2's transposed ones, fused ones, and experts as they are kept."""
+    text = {**TEXT, "initializer_range": 0.3}
+    experts = {**text, "head_dim": 8, "num_experts_per_tok": 2}
+    gpt2 = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1}
+    return {
+        "llama": LlamaConfig(**text),
+        "gpt2": GPT2Config(**gpt2, eos_token_id=2, pad_token_id=0, initializer_range=0.3),
+        "phi3": Phi3Config(**text),
+        "qwen3-moe": Qwen3MoeConfig(**experts, moe_intermediate_size=16, num_experts=4),
+        "mixtral": MixtralConfig(**experts, num_local_experts=4),
+        "gpt-oss": GptOssConfig(**experts, num_local_experts=4, layer_types=["full_attention"] * 2),
+    }
+
+
+def tiny_language_model(name: str) -> PreTrainedModel:
+    """One of `tiny_language_models`, with the same random weights each time."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_language_models()[name]).eval()
 
 
 def batch(model: nn.Module) -> dict[str, Tensor]:

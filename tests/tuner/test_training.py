@@ -133,15 +133,20 @@ def test_gradient_checkpointing_gives_the_same_gradients(gate: str, use_reentran
 
 
 class TestDtypes:
-    @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-    def test_scores_stay_fp32_on_a_bf16_base(self, autocast_adapter_dtype: bool) -> None:
-        model = tiny_llama(dtype=torch.bfloat16)
-        wrapped = get_peft_model(model, MaskConfig(), autocast_adapter_dtype=autocast_adapter_dtype)
+    def test_scores_stay_fp32_on_a_bf16_base(self) -> None:
+        wrapped = get_peft_model(tiny_llama(dtype=torch.bfloat16), MaskConfig())
         assert {p.dtype for p in scores_of(wrapped).values()} == {torch.float32}
         assert {p.dtype for p in wrapped.parameters() if not p.requires_grad} == {torch.bfloat16}
         assert logits(wrapped).dtype == torch.bfloat16
         loss(wrapped).backward()
         assert {p.grad.dtype for p in scores_of(wrapped).values()} == {torch.float32}
+
+    def test_scores_have_the_base_s_dtype_where_peft_is_told_not_to_cast(self) -> None:
+        model = tiny_llama(dtype=torch.bfloat16)
+        wrapped = get_peft_model(model, MaskConfig(), autocast_adapter_dtype=False)
+        assert {p.dtype for p in scores_of(wrapped).values()} == {torch.bfloat16}
+        loss(wrapped).backward()
+        assert {p.grad.dtype for p in scores_of(wrapped).values()} == {torch.bfloat16}
 
     @pytest.mark.parametrize("gate", ["normalized", "centered", "threshold"])
     def test_start_is_bit_equal_in_bf16(self, gate: str) -> None:

@@ -1,1 +1,7 @@
-"""Adapters on disk: the base they belong to, and export into the base."""
+"""Adapters on disk: packing, algebra of masks, and export into the base."""
+
+from maskft.adapters.algebra import Combined, combine
+from maskft.adapters.distance import Distance, Measures, distance
+from maskft.adapters.files import Packed, pack
+
+__all__ = ["Combined", "Distance", "Measures", "Packed", "combine", "distance", "pack"]

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from maskft.errors import RunError
+from maskft.tuner import merge_in_full_precision
 
 
 def export_merged(model: Any, processor: Any, out: Path, *, probe: Mapping[str, Any]) -> float:
     """Merge the active adapter into the base, save model, processor and chat template, and check the result.
+
+    A quantised base is written in full precision: a plain model, without another rounding.
 
     Args:
         model: a PeftModel with mask adapters; it is merged in place and cannot be unmerged afterwards.
@@ -25,7 +28,7 @@ def export_merged(model: Any, processor: Any, out: Path, *, probe: Mapping[str, 
     Returns:
         The largest absolute difference of the probe's logits before merging and after reloading from `out`. The
         masked weight is rounded to the base's dtype in the same way while training and when merging, so 0 is
-        expected on one machine.
+        expected on one machine, if no quantised layer was left without a mask: those compute in their own way.
 
     Raises:
         RunError: `out` exists and is not empty.
@@ -39,7 +42,7 @@ def export_merged(model: Any, processor: Any, out: Path, *, probe: Mapping[str, 
     shutil.rmtree(staging, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        merged = merge_in_full_precision(model, safe_merge=True)
         merged.save_pretrained(staging)
         processor.save_pretrained(staging)
         reloaded = AutoModelForImageTextToText.from_pretrained(staging, dtype=merged.dtype).eval()

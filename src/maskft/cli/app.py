@@ -19,7 +19,6 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 RunFolder = Annotated[Path, typer.Argument(help="A finished run's folder.")]
-Split = Annotated[str, typer.Option(help="Held-out part: test or validation.")]
 
 
 def _version(value: bool) -> None:
@@ -55,16 +54,46 @@ def train(
 
 @app.command()
 def evaluate(
-    run: RunFolder,
-    split: Split = "test",
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A finished run's folder; with --benchmark also an adapter's or a model's, a hub id or embedded."
+        ),
+    ],
+    benchmark: Annotated[
+        list[str] | None, typer.Option(help="all, or a comma list of gqa, mmmu, mme, pope, scienceqa, textvqa.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder that holds gqa/, MMMU/, MME/, pope/ and so on.")] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="More runs or adapters on the same base; repeatable, or a comma list.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of answers and results; default MODEL/benchmarks.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Questions asked together; default 16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default the run's, else bfloat16.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; default the benchmark's own.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Held-out part: test (default) or validation.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
-    show: Annotated[int, typer.Option(min=0, help="How many questions to show with both answers.")] = 6,
+    show: Annotated[int | None, typer.Option(min=0, help="Questions to show with both answers; default 6.")] = None,
     json: AsJson = False,
 ) -> None:
-    """Answer the held-out questions with base and tuned model, and score both."""
+    """Answer a run's held-out questions with base and tuned model; with --benchmark, answer and score benchmarks."""
     from maskft.cli.evaluate import run as command
 
-    command(run, split=split, limit=limit, show=show, as_json=json)
+    asked = {
+        "data": data,
+        "adapters": adapters,
+        "output": output,
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "max_new_tokens": max_new_tokens,
+    }
+    command(model, benchmark, {"split": split, "show": show}, asked, limit=limit, as_json=json)
 
 
 @app.command()
@@ -80,6 +109,68 @@ def export(
 
 
 @app.command()
+def pack(
+    adapter: Annotated[Path, typer.Argument(help="A saved adapter's folder, or a finished run's.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the packed adapter.")],
+    storage: Annotated[
+        str, typer.Option(help="int8 or int4 (soft gates), bits (hard gates), float32 (write it in full again).")
+    ],
+    keep_scores: Annotated[
+        bool, typer.Option("--keep-scores", help="Also keep the scores in full, as scores.safetensors.")
+    ] = False,
+    forget_base: Annotated[
+        bool, typer.Option("--forget-base", help="Leave the base's fingerprint out: it loads on any base that fits.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the base, where it is needed: as trained in; default the run's, else bfloat16."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Write an adapter in few bits a weight. A run's recipe goes with it."""
+    from maskft.cli.pack import run
+
+    run(
+        adapter,
+        out,
+        storage=storage,
+        keep_scores=keep_scores,
+        forget_base=forget_base,
+        dtype=dtype,
+        as_json=json,
+    )
+
+
+@app.command()
+def combine(
+    operation: Annotated[str, typer.Argument(help="union, intersection, interpolate or product.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Two or more saved adapters on one base.")],
+    output: Annotated[Path, typer.Option(help="New folder for the combined adapter.")],
+    weights: Annotated[
+        str | None, typer.Option(help="One for each adapter, for interpolate and product; for example 0.5,0.5.")
+    ] = None,
+    gate: Annotated[str | None, typer.Option(help="The result's gate: soft, normalized or centered.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Combine adapters on one base into a new one."""
+    from maskft.cli.combine import run
+
+    run(operation, adapters, output, weights=weights, gate=gate, as_json=json)
+
+
+@app.command()
+def distance(
+    a: Annotated[Path, typer.Argument(help="A saved adapter's folder.")],
+    b: Annotated[Path, typer.Argument(help="Another on the same base.")],
+    json: AsJson = False,
+) -> None:
+    """Measure how far apart two adapters on one base are."""
+    from maskft.cli.combine import run_distance
+
+    run_distance(a, b, as_json=json)
+
+
+@app.command()
 def ask(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(help="An image file.")],
@@ -90,3 +181,30 @@ def ask(
     from maskft.cli.ask import run as command
 
     command(run, image, question, as_json=json)
+
+
+@app.command()
+def score(
+    bench: Annotated[str, typer.Argument(help="gqa, mmmu, mme, pope, scienceqa or textvqa.")],
+    answers: Annotated[Path, typer.Argument(help="Answers made by any tool: LLaVA's JSON lines.")],
+    data: Annotated[Path, typer.Option(help="The folder that holds gqa/, MMMU/, MME/, pope/ and so on.")],
+    json: AsJson = False,
+) -> None:
+    """Score answers to a benchmark as its official scorer does."""
+    from maskft.cli.score import run
+
+    run(bench, answers, data=data, as_json=json)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(help="An evaluated run's folder; several seeds of it separated by commas.")],
+    b: Annotated[str | None, typer.Argument(help="What to compare it with, likewise.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Compare with the base instead of another run.")] = False,
+    split: Annotated[str, typer.Option(help="Held-out part: test or validation.")] = "test",
+    json: AsJson = False,
+) -> None:
+    """Tell whether one run answers the same held-out questions better than another."""
+    from maskft.cli.compare import run
+
+    run(a, b, base=base, split=split, as_json=json)

@@ -45,6 +45,13 @@ class _Remarks(logging.Handler):
         notes.print(self.format(record))
 
 
+def _on_stderr(record: logging.LogRecord) -> bool:
+    """A filter that prints errors to stderr and lets nothing through to the handlers."""
+    if record.levelno >= logging.ERROR:
+        notes.print(record.getMessage(), markup=False)
+    return False
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' loading bars and advice out of a user's way; their errors and our own remarks stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,6 +62,7 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("trl").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_on_stderr)  # whose handler, made when it is imported, writes to stdout
     logger = logging.getLogger("maskft")
     if not logger.handlers:
         logger.addHandler(_Remarks())

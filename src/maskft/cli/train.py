@@ -15,8 +15,11 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
         _dry_run(recipe, output, as_json)
         return
     from maskft.training import train
+    from maskft.tuner.sharding import is_first_process
 
     metrics = train(recipe, output, say=notes.print)
+    if not is_first_process():
+        return
     trained = metrics["train"]
     if as_json:
         print_json({"run": str(output), **metrics})

@@ -4,8 +4,20 @@ from maskft.tuner.attach import attach, attach_saved
 from maskft.tuner.config import MaskConfig, register_gate
 from maskft.tuner.layer import Linear, MaskLayer
 from maskft.tuner.model import MaskModel
+from maskft.tuner.precision import kept_scores
+from maskft.tuner.quantized import merge_in_full_precision
 from maskft.tuner.register import register
 
-__all__ = ["Linear", "MaskConfig", "MaskLayer", "MaskModel", "attach", "attach_saved", "register_gate"]
+__all__ = [
+    "Linear",
+    "MaskConfig",
+    "MaskLayer",
+    "MaskModel",
+    "attach",
+    "attach_saved",
+    "kept_scores",
+    "merge_in_full_precision",
+    "register_gate",
+]
 
 register(MaskConfig, MaskModel)

@@ -36,18 +36,32 @@ def attach_saved(model: Any, folder: Path) -> PeftModel:
     Raises:
         AdapterError: a file is missing or broken, the adapter is of another method, or it does not fit the model.
     """
+    read_settings(folder)
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+    except SafetensorError as error:
+        raise unreadable(folder / WEIGHTS, error) from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The content of a mask adapter's configuration file.
+
+    Raises:
+        AdapterError: a file is missing or is no JSON object, or the adapter is of another method.
+    """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no adapter: {name} is missing. Give the folder of a finished run.")
     try:
-        method = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        settings: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        method = settings.get("peft_type")
     except (ValueError, AttributeError) as error:
         raise AdapterError(f"{folder / CONFIG} is not a JSON object: {error}") from error
     if method != "MASK":
         raise AdapterError(f"{folder} holds an adapter of method {method}, not MASK.")
-    try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=False)
-    except SafetensorError as error:
-        raise AdapterError(
-            f"{folder / WEIGHTS} cannot be read: {error}. The file is damaged; save it again."
-        ) from error
+    return settings
+
+
+def unreadable(path: Path, error: SafetensorError) -> AdapterError:
+    """The error for a damaged file of tensors."""
+    return AdapterError(f"{path} cannot be read: {error}. The file is damaged; save it again.")

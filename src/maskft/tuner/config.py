@@ -20,6 +20,9 @@ STARTS = (True, False, "random")
 RANKINGS = ("matrix", "global")
 LAYOUTS = ("dense", "low-rank", "row", "column", "block")
 SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORAGES = ("float32", "int8", "int4", "bits")
+BIT_GATES = ("topk", "threshold")
+"""Hard gates whose masks have offsets that give them back, so that they can be saved as bits."""
 
 
 @dataclass
@@ -39,12 +42,16 @@ class MaskConfig(PeftConfig):
         rank: of "low-rank" scores.
         block_size: side of the squares of "block" scores.
         score_dtype: "float32" or "bfloat16"; the latter needs an optimizer that rounds stochastically
-            (`maskft.optim`), or small steps are lost.
+            (`maskft.optim`), or small steps are lost. PEFT's autocast_adapter_dtype=False, which asks for adapters in
+            the dtype of the base, goes before it.
         scope: parts of the model to mask, any of "language", "projector", "vision".
         modules: "attn", "mlp" or "both", in the language model and the vision encoder.
         layers: "all", "first-third", "middle-third", "last-third", ranges such as "0-3,8", or indices.
         target_modules: names as PEFT matches them (list, regular expression or "all-linear"), in place of scope,
             modules and layers.
+        layers_to_transform: PEFT's name for indices of layers, for use with a list of target_modules; without any,
+            the same as `layers`.
+        layers_pattern: name of the module list that layers_to_transform counts in, where there are several.
         exclude_modules: names not to mask.
         target_parameters: names of parameters that are no layer's weight, such as the 3-D weights of a mixture of
             experts; None lets scope and modules find those of experts.
@@ -52,6 +59,9 @@ class MaskConfig(PeftConfig):
         init_weights: True starts from the pre-trained model, as near as the gate allows ("topk" cuts the smallest
             weights first); "random" starts hard gates from N(0, 0.02) scores, as published; False draws offsets
             from N(0, 1), so that the adapter visibly changes the model (for tests).
+        storage: how `save_pretrained` writes dense scores once they are frozen: "float32" (as they are), "int8" or
+            "int4" (soft gates), "bits" (hard gates); see `maskft.packing`. Scores that can still be trained are
+            written in full, so that checkpoints resume exactly.
         base_fingerprint: hash of the masked weights the adapter was trained on, set when it is saved and checked
             when it is loaded; None skips the check.
     """
@@ -70,15 +80,19 @@ class MaskConfig(PeftConfig):
     modules: str = "both"
     layers: str | Sequence[int] = "all"
     target_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     target_parameters: list[str] | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool | str = field(default=True, repr=False)
+    storage: str = "float32"
     base_fingerprint: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = mask_peft_type()
+        self.seen_fingerprint: str | None = None  # no field, so that it is not saved; see maskft.tuner.base
         self.scope = [self.scope] if isinstance(self.scope, str) else list(self.scope)
         self.layers = self.layers if isinstance(self.layers, str) else list(self.layers)
         for name in ("target_modules", "exclude_modules"):
@@ -115,6 +129,21 @@ class MaskConfig(PeftConfig):
             problems.append(f"score_layout is '{self.score_layout}'; allowed: {', '.join(LAYOUTS)}.{nearest}")
         if self.score_dtype not in SCORE_DTYPES:
             problems.append(f"score_dtype is '{self.score_dtype}'; allowed: {', '.join(SCORE_DTYPES)}.")
+        if self.storage not in STORAGES:
+            nearest = did_you_mean(str(self.storage), STORAGES)
+            problems.append(f"storage is '{self.storage}'; allowed: {', '.join(STORAGES)}.{nearest}")
+        elif self.storage != "float32" and (self.storage == "bits") != (self.gate in BIT_GATES):
+            problems.append(
+                f"storage is '{self.storage}' with the gate '{self.gate}'; bits are for {' and '.join(BIT_GATES)}, "
+                "int8 and int4 for other gates."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                problems.append(f"`{name}` cannot be used when `target_modules` is a str. Give it a list of names.")
+        if self.target_modules is None and self.layers_to_transform is not None and self.layers != "all":
+            problems.append("layers and layers_to_transform both choose layers; give one of them.")
         for name in ("rank", "block_size"):
             if not getattr(self, name) >= 1:
                 problems.append(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -138,6 +167,19 @@ class MaskConfig(PeftConfig):
             "block": Block(self.block_size),
         }
         return layouts[self.score_layout]
+
+    def resolve_layers(self) -> None:
+        """Where scope and modules say what is masked, turn PEFT's names for a choice of layers into `layers`.
+
+        Raises:
+            UserError: layers_pattern is given, which needs names of modules.
+        """
+        if self.layers_pattern:
+            raise UserError("MaskConfig: layers_pattern needs target_modules, a list of names; without it, use layers.")
+        indices = self.layers_to_transform
+        if indices is not None and indices != []:
+            self.layers = [indices] if isinstance(indices, int) else list(indices)
+        self.layers_to_transform = None
 
     def torch_dtype(self) -> torch.dtype:
         """The scores' dtype."""

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from maskft.errors import ModelError
+from maskft.targets import lies_transposed
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.layer import Linear, MaskLayer
+from maskft.tuner.quantized import quantized_kind
+from maskft.tuner.sharding import full_shape
 
 
 class OddLinear(Linear):
@@ -43,7 +46,6 @@ class Conv(Linear):
 class Embedding(Linear):
     """A table of embeddings, (tokens, width)."""
 
-    takes_floats = False
     masked_forward = MaskLayer.masked_forward
 
 
@@ -59,19 +61,14 @@ class ParamWrapper(Linear):
         self, base_layer: nn.Module, adapter_name: str, config: MaskConfig, *, parameter_name: str, **kwargs: Any
     ) -> None:
         self.parameter_name = parameter_name
+        self.transposed = lies_transposed(parameter_name, base_layer)
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        return weight.mT if getattr(self.frozen(), "is_transposed", False) else weight
+        return weight.mT if self.transposed else weight
 
     def unmatrix(self, matrix: Tensor) -> Tensor:
         return self.matrix(matrix)
-
-    def _path(self) -> str:
-        depth, module = 0, self.base_layer
-        while isinstance(module, ParamWrapper):
-            depth, module = depth + 1, module.base_layer
-        return "base_layer." * depth + self.parameter_name
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -83,6 +80,10 @@ class ParamWrapper(Linear):
                 wrapper.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             wrapper = wrapper.base_layer
         return wrapper
+
+    def __repr__(self) -> str:
+        kind, rest = super().__repr__().split("(", 1)
+        return f"{kind}(\n  parameter_name='{self.parameter_name}',{rest}"
 
 
 def make_layer(
@@ -103,12 +104,17 @@ def make_layer(
     base = target
     while isinstance(base, MaskLayer):
         base = base.frozen()
+    if quantized := quantized_kind(base, name, parameter_name):
+        return quantized(target, adapter_name, config, **kwargs)
+    if hasattr(base, parameter_name or "weight") and (parameter_name or "weight") not in base._parameters:
+        raise ModelError(
+            f"'{name}' cannot be masked: its weight is computed from other parameters, as by weight_norm. Make it a "
+            "parameter of its own (torch.nn.utils.parametrize.remove_parametrizations), or take it out of the targets."
+        )
     if parameter_name is not None:
-        parameter = getattr(base, parameter_name)
-        if parameter.dim() < 2:
-            raise ModelError(
-                f"'{name}' cannot be masked: it has {parameter.dim()} dimension, and a mask needs 2 or more."
-            )
+        dimensions = len(full_shape(getattr(base, parameter_name)))
+        if dimensions < 2:
+            raise ModelError(f"'{name}' cannot be masked: it has {dimensions} dimension, and a mask needs 2 or more.")
         return ParamWrapper(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
     kind = _kind(base)
     weight = getattr(base, "weight", None)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from maskft.gates import Gate, TopK
 from maskft.linear import Mask, Weight, masked_linear, masked_weight
 from maskft.scores import Layout
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.ranking import GlobalRanking
+from maskft.tuner.sharding import full_shape, is_partitioned, refuse_sharded
 
 
 class MaskLayer(BaseTunerLayer):
@@ -29,8 +31,6 @@ class MaskLayer(BaseTunerLayer):
     other_param_names: tuple[str, ...] = ("mask_gate", "mask_layout", "mask_ranking")
     parameter_name = "weight"
     """The base layer's parameter that is masked."""
-    takes_floats: ClassVar[bool] = True
-    """Whether the first input is to be cast to the dtype of the weight."""
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -40,9 +40,10 @@ class MaskLayer(BaseTunerLayer):
         self.mask_gate: dict[str, Gate] = {}
         self.mask_layout: dict[str, Layout] = {}
         self.mask_ranking: dict[str, GlobalRanking] = {}
+        self.awaited: dict[str, Any] = {}  # hooks; see maskft.tuner.packed.await_scores
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: Tensor | None = None
+        self._unmerged: Any = None  # the weight before it was merged, as `save_weight` gives it
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
         self.out_features, self.in_features = self.matrix_shape()[-2:]
@@ -69,26 +70,26 @@ class MaskLayer(BaseTunerLayer):
 
     def matrix_shape(self) -> torch.Size:
         """(..., out, in), also where DeepSpeed keeps the weight in pieces."""
-        weight = self.frozen_parameter()
-        return self.matrix(torch.empty(getattr(weight, "ds_shape", weight.shape), device="meta")).shape
+        return self.matrix(torch.empty(full_shape(self.frozen_parameter()), device="meta")).shape
 
     def weight_dtype(self) -> torch.dtype:
         """The dtype to compute in outside autocast."""
         return self.frozen_parameter().dtype
 
-    def decode(self, stored: Tensor) -> Tensor:
+    def decode(self, stored: Any) -> Tensor:
         """The weight in full, in the layer's own shape, from the form the base keeps it in."""
-        return stored.detach()
+        weight: Tensor = stored.detach()
+        return weight
 
     def write_weight(self, weight: Tensor) -> None:
         """Replace the weight's values, in the form the base keeps it in."""
         self.frozen_parameter().data.copy_(weight)
 
-    def save_weight(self) -> Tensor:
+    def save_weight(self) -> Any:
         """A copy of the weight as it is stored, from which `restore_weight` puts back every bit."""
         return self.frozen_parameter().detach().clone()
 
-    def restore_weight(self, saved: Tensor) -> None:
+    def restore_weight(self, saved: Any) -> None:
         """Put a copy made by `save_weight` back."""
         self.frozen_parameter().data.copy_(saved)
 
@@ -97,8 +98,14 @@ class MaskLayer(BaseTunerLayer):
         return self.matrix(self.frozen_parameter())
 
     def pretrained_weight(self) -> Tensor:
-        """W as it was before any merge, in the layer's own shape."""
-        return self.decode(self.frozen_parameter() if self._unmerged is None else self._unmerged)
+        """W as it was before any merge, in the layer's own shape.
+
+        Raises:
+            ModelError: it is in pieces on several processes.
+        """
+        stored = self.frozen_parameter() if self._unmerged is None else self._unmerged
+        refuse_sharded(stored, "merging a mask or reading what it covers")
+        return self.decode(stored)
 
     def pretrained_matrix(self) -> Tensor:
         """W as it was before any merge, (..., out, in)."""
@@ -136,9 +143,21 @@ class MaskLayer(BaseTunerLayer):
             if "meta" not in (scores.device.type, target.type) and scores.device != target:
                 kept[adapter_name] = nn.Parameter(scores.detach().to(target), requires_grad=scores.requires_grad)
 
+    def cast_scores(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Give one adapter's scores a dtype, as new parameters where they have another."""
+        for name, scores in self.named_scores(adapter_name):
+            if scores.dtype != dtype:
+                cast = nn.Parameter(scores.detach().to(dtype), requires_grad=scores.requires_grad)
+                getattr(self, name)[adapter_name] = cast
+
+    def named_scores(self, adapter_name: str) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's scores and where they are kept, in the order of its layout."""
+        names = [f"mask_{name}" for name in self.mask_layout[adapter_name].names]
+        return [(name, getattr(self, name)[adapter_name]) for name in names]
+
     def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The adapter's scores, in the order of its layout."""
-        return tuple(getattr(self, f"mask_{name}")[adapter_name] for name in self.mask_layout[adapter_name].names)
+        return tuple(scores for _, scores in self.named_scores(adapter_name))
 
     def mask(self, adapter_name: str, gate: Gate | None = None) -> Mask:
         """One adapter's mask; with another gate where one is given."""
@@ -221,19 +240,15 @@ class MaskLayer(BaseTunerLayer):
         masks = self.active_masks()
         if not masks:
             return self.base_layer(x, *args, **kwargs)
-        if self.takes_floats:
-            x = self._prepare_input(x)
         return self.masked_forward(x, masks, *args, **kwargs)
 
     def masked_forward(self, x: Tensor, masks: list[Mask], *args: Any, **kwargs: Any) -> Any:
-        """The base layer's own forward pass, run on the masked weight."""
-        masked = self.unmatrix(masked_weight(self.weight_source(), masks))
-        dtype = x.dtype if self.takes_floats else self.weight_dtype()
-        return functional_call(self.base_layer, {self._path(): masked.to(dtype)}, (x, *args), kwargs)
-
-    def _path(self) -> str:
-        """Name of the masked parameter within `base_layer`."""
-        return self.parameter_name
+        """The base layer's own forward pass, run on the masked weight in the dtype of the weight."""
+        masked = self.unmatrix(masked_weight(self.weight_source(), masks)).contiguous()
+        # DeepSpeed's hooks on the base layer would take the masked weight for one of their partitioned parameters
+        run = self.base_layer.forward if is_partitioned(self.frozen_parameter()) else self.base_layer
+        with _replaced(self.frozen(), self.parameter_name, masked.to(self.weight_dtype())):
+            return run(x, *args, **kwargs)
 
 
 class Linear(nn.Module, MaskLayer):
@@ -250,7 +265,20 @@ class Linear(nn.Module, MaskLayer):
         return MaskLayer.forward(self, x, *args, **kwargs)
 
     def masked_forward(self, x: Tensor, masks: list[Mask], *args: Any, **kwargs: Any) -> Any:
-        return masked_linear(x, self.weight_source(), getattr(self.frozen(), "bias", None), masks)
+        bias = getattr(self.frozen(), "bias", None)
+        return masked_linear(self._prepare_input(x), self.weight_source(), bias, masks)
 
     def __repr__(self) -> str:
         return "mask." + super().__repr__()
+
+
+@contextmanager
+def _replaced(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """Inside, `module` has another tensor for a parameter, also where FSDP puts a plain attribute before that."""
+    kept: dict[str, Any] = module.__dict__ if name in module.__dict__ else module._parameters
+    before = kept[name]
+    kept[name] = value
+    try:
+        yield
+    finally:
+        kept[name] = before

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from maskft.errors import ModelError
 from maskft.gates import TopKGlobal, global_cut
+from maskft.tuner.sharding import is_partitioned, is_sharded
 
 if TYPE_CHECKING:
     from maskft.tuner.layer import MaskLayer
@@ -30,15 +32,29 @@ class GlobalRanking:
         self.magnitude_start = magnitude_start
         self.layers: list[MaskLayer] = []
         self._gates: dict[int, TopKGlobal] = {}
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[int, int, int]] = []
 
     def add(self, layers: Iterable[MaskLayer]) -> None:
         """Layers to rank, in the order in which ties are settled."""
         self.layers = list(layers)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def gate(self, layer: MaskLayer) -> TopKGlobal:
-        """The layer's gate at the present scores."""
-        seen = [(id(p), p._version) for one in self.layers for p in one.parameters_of(self.adapter_name)]
+        """The layer's gate at the present scores.
+
+        A change is seen where PyTorch counts it: by optimizers, `copy_`, `load_state_dict`, a new parameter or new
+        storage for one; not by writing to `scores.data` in place.
+
+        Raises:
+            ModelError: scores are in pieces on several processes.
+        """
+        scores = [p for one in self.layers for p in one.parameters_of(self.adapter_name)]
+        if any(is_sharded(p) or is_partitioned(p) for p in scores):
+            raise ModelError(
+                "ranking is 'global', which needs all scores at once, but FSDP or DeepSpeed ZeRO-3 keeps them in "
+                "pieces. Use ranking 'matrix', or train without sharding (DDP)."
+            )
+        seen = [(id(p), p.data_ptr(), p._version) for p in scores]
         if seen != self._seen:
             self._refresh()
             self._seen = seen

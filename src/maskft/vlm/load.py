@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from maskft.errors import ModelError
+from maskft.errors import MissingExtraError, ModelError
+from maskft.targets import find_weights
 from maskft.vlm.embedded import embedded_base
 
 _EMBEDDED = {"embedded": True, "embedded-unaligned": False}
+_QUANTIZERS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": "bitsandbytes", "int8-torchao": "torchao"}
+"""Package by what `load_model` calls the quantisation."""
 
 
 def load_processor(base: str, *, trust_remote_code: bool = False) -> Any:
@@ -33,32 +39,97 @@ def load_processor(base: str, *, trust_remote_code: bool = False) -> Any:
     return processor
 
 
-def load_model(base: str, *, dtype: str, attention: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_model(
+    base: str,
+    *,
+    dtype: str,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: str = "none",
+) -> Any:
     """Load an image-text-to-text model in evaluation mode, its weights frozen.
 
     Args:
         base: "embedded", "embedded-unaligned", a folder, or a hub id.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16"; where the model is quantised, of all that is not, and to compute in.
         attention: Transformers' attn_implementation; None leaves the choice to it.
         trust_remote_code: allow Python code from the model's folder to run.
+        quantization: of the linear layers of the language model; "nf4", "fp4" or "int8" by bitsandbytes,
+            "int8-torchao" by torchao, or "none". Vision encoder, projector and output head stay as they are.
 
     Raises:
-        ModelError: there is no such model, or it isn't an image-text-to-text model.
+        ModelError: there is no such model, it isn't an image-text-to-text model, or it is quantised already.
+        MissingExtraError: the package that quantises is not installed.
     """
     from transformers import AutoModelForImageTextToText
 
     source = _source(base)
+    if quantization != "none" and find_spec(package := _QUANTIZERS[quantization]) is None:
+        raise MissingExtraError(package, "pip install 'maskft[quant]'", f"model.quantization '{quantization}'")
     try:
+        chosen = {}  # an argument, even None, would take the place of what the folder says of its quantisation
+        if quantization != "none":
+            kept = _layers_to_keep(source, base, trust_remote_code)
+            chosen["quantization_config"] = _quantization_config(quantization, dtype, kept)
         model = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **chosen,
         )
+    except ModelError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load '{base}' as an image-text-to-text model: {error}") from error
     return model.requires_grad_(False).eval()
+
+
+def _quantization_config(quantization: str, dtype: str, kept: list[str]) -> Any:
+    """Transformers' configuration; `kept` names modules that are not quantised."""
+    if quantization == "int8-torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=kept)
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=kept,
+    )
+
+
+def _layers_to_keep(source: str, base: str, trust_remote_code: bool) -> list[str]:
+    """Names of the outermost modules with linear layers of which none is in a layer of the language model.
+
+    Raises:
+        ModelError: the model is quantised already, or has no language model that is known.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"'{base}' is quantised already. Set model.quantization to none to use it as it is.")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    language = [weight.name for weight in find_weights(model) if weight.part == "language" and weight.kind is not None]
+    if not language:
+        raise ModelError(f"'{base}' has no language model that is known here, so it cannot be quantised.")
+
+    def keep(module: nn.Module, name: str) -> Iterator[str]:
+        if not any(f"{weight}.".startswith(f"{name}." if name else "") for weight in language):
+            yield from [name] if any(isinstance(inner, nn.Linear) for inner in module.modules()) else []
+        elif name not in language:
+            for own, child in module.named_children():
+                yield from keep(child, f"{name}.{own}" if name else own)
+
+    return list(keep(model, ""))
 
 
 def _source(base: str) -> str:

@@ -1,0 +1,464 @@
+"""Every behaviour of a PEFT method, for every kind of layer under every gate with scores in every layout."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.func import functional_call
+
+from maskft.errors import UserError
+from maskft.gates import TopK
+from maskft.linear import masked_weight, plain_masked_weight
+from maskft.tuner import MaskLayer
+
+from .conformance import (
+    EACH_ONCE,
+    EVERYTHING,
+    IDENTITIES,
+    KINDS,
+    Behaviour,
+    Case,
+    Exemption,
+    Sweep,
+    assert_all_equal,
+    assert_gradients_close,
+    frozen_weights,
+    masked_layers,
+    run,
+    run_exemption,
+    scores_of,
+)
+
+# -- what the layers are -----------------------------------------------------------------------------------------------
+
+
+def exposes_what_peft_looks_for(case: Case) -> None:
+    model = case.model()
+    for layer in masked_layers(model):
+        *_, out_features, in_features = layer.matrix_shape()
+        assert (layer.out_features, layer.in_features) == (out_features, in_features)
+        assert layer.supports_lora_conversion()
+        assert repr(layer).startswith(f"mask.{type(layer).__name__}(")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(scores_of(model))
+    assert all(model.base_model.prefix in name for name in trainable)
+    assert {p.dtype for p in scores_of(model).values()} == {torch.float32}
+
+
+def is_indifferent_to_names(case: Case) -> None:
+    one, other = case.model(), case.model(adapter_name="some-name")
+    assert torch.equal(case.output(one), case.output(other))
+    assert [name.replace("default", "some-name") for name in scores_of(one)] == list(scores_of(other, "some-name"))
+
+
+def starts_as_the_base(case: Case) -> None:
+    base = case.output(case.net())
+    assert torch.equal(case.output(case.model(init_weights=True)), base)
+
+
+def starts_as_its_gate_says(case: Case) -> None:
+    layers = masked_layers(case.model(init_weights=True))
+    kept = total = 0
+    for layer in layers:
+        weight, (mask,) = layer.pretrained_matrix(), layer.masks(["default"])
+        masked = masked_weight(weight, [mask]).detach()
+        if case.gate == "soft":
+            torch.testing.assert_close(masked, 0.9 * weight, rtol=1e-6, atol=0)
+        elif case.gate in IDENTITIES:
+            assert torch.equal(masked, weight)
+        else:
+            assert torch.equal(masked, torch.where(masked == 0, 0, weight))
+            kept, total = kept + int(masked.count_nonzero()), total + masked.numel()
+            if isinstance(mask.gate, TopK):
+                heights = list(mask.gate.slices) or [weight.shape[-2]]
+                for piece in masked.split(heights, dim=-2):
+                    ranked = piece.flatten(-2)
+                    assert (ranked.count_nonzero(-1) == round(0.6 * ranked.shape[-1])).all()
+    if case.gate == "topk-global":
+        assert kept == round(0.6 * total)
+
+
+def reports_the_delta(case: Case) -> None:
+    model = case.model()
+    for layer in masked_layers(model):
+        weight = layer.pretrained_matrix()
+        (mask,) = layer.masks(["default"])
+        m = mask.gate.value(mask.offset(weight), weight).detach()
+        # W m - W against W (m - 1): one rounding of W m
+        torch.testing.assert_close(
+            layer.matrix(layer.get_delta_weight("default")), weight * (m - 1), rtol=1e-5, atol=1e-6
+        )
+
+
+# -- running and training ----------------------------------------------------------------------------------------------
+
+
+def plain_output(case: Case, model: PeftModel) -> Tensor:
+    """The model's output with masked weights made by autograd alone."""
+    weights = {}
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, MaskLayer):
+            (mask,) = layer.masks(["default"])
+            bare = f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+            weights[bare] = layer.unmatrix(plain_masked_weight(layer.pretrained_matrix(), [mask]))
+    y: Tensor = functional_call(case.net(), weights, (case.inputs(),))
+    return y
+
+
+def equals_the_plain_version(case: Case) -> None:
+    """Masks bit for bit; products and gradients but for the order of summation."""
+    model = case.model()
+    for layer in masked_layers(model):
+        weight, (mask,) = layer.pretrained_matrix(), layer.masks(["default"])
+        m = mask.gate.value(mask.offset(weight), weight)
+        assert torch.equal(masked_weight(weight, [mask]), m * weight)
+    y = model(case.inputs())
+    plain = plain_output(case, model)
+    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-6)
+    scores = list(scores_of(model).values())
+    fast = torch.autograd.grad(y.square().sum(), scores)
+    assert_gradients_close(fast, torch.autograd.grad(plain.square().sum(), scores))
+
+
+def trains_scores_alone(case: Case) -> None:
+    model = case.model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        case.loss(model).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+        assert (parameter.grad is not None) == parameter.requires_grad
+        assert torch.isfinite(parameter).all()
+
+
+def moves_all_scores_at_the_first_step(case: Case) -> None:
+    model = case.model(init_weights=True)
+    case.loss(model).backward()
+    assert all(p.grad is not None and p.grad.any() for p in scores_of(model).values())
+
+
+def computes_in_half_precision(case: Case) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        model = case.model(case.net().to(dtype))
+        inputs = case.inputs()
+        y = model(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+        assert y.dtype == dtype
+        y.float().square().mean().backward()
+        for parameter in scores_of(model).values():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+        before = frozen_weights(model)
+        model.merge_adapter()
+        with torch.no_grad():
+            merged = model(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+        assert torch.equal(merged, y)
+        model.unmerge_adapter()
+        assert_all_equal(frozen_weights(model), before)
+
+
+def computes_under_autocast(case: Case) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        net = case.net().to(dtype)
+        inputs = case.inputs()
+        x = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = net(x).dtype
+            model = case.model(net)
+            y = model(x)
+        assert y.dtype == expected
+        y.float().square().mean().backward()
+        for parameter in scores_of(model).values():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+
+
+def compiles_without_graph_breaks(case: Case) -> None:
+    model = case.model()
+    expected = model(case.inputs())
+    gradients = torch.autograd.grad(expected.square().sum(), list(scores_of(model).values()))
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # by torch itself
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(case.inputs())
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    y.square().sum().backward()
+    assert_gradients_close([parameter.grad for parameter in scores_of(model).values()], gradients)
+
+
+def refuses_batches_of_several_adapters(case: Case) -> None:
+    model = case.two()
+    with pytest.raises(UserError, match="a batch cannot mix masks"):
+        model(case.inputs(), adapter_names=["default", "other"])
+
+
+# -- copies and files --------------------------------------------------------------------------------------------------
+
+
+def saves_and_loads(case: Case) -> None:
+    model = case.model()
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        files = {path.name for path in Path(folder).iterdir()}
+        saved = load_file(Path(folder) / "adapter_model.safetensors")
+        loaded = [
+            PeftModel.from_pretrained(case.net(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+            for low_cpu_mem_usage in (False, True)
+        ]
+    assert files == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    assert sorted(saved) == sorted(name.removesuffix(".default") for name in scores_of(model))
+    for one in loaded:
+        assert torch.equal(case.output(one), case.output(model))
+        assert {p.device.type for p in one.parameters()} == {"cpu"}
+        assert not any(p.requires_grad for p in one.parameters())
+
+
+def saves_selected_adapters(case: Case) -> None:
+    model = case.two()
+    model.set_adapter("other")
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["other"])
+        assert [path.name for path in Path(folder).iterdir() if path.is_dir()] == ["other"]
+        alone = PeftModel.from_pretrained(case.net(), f"{folder}/other")
+        alone.load_adapter(f"{folder}/other", "again")
+    assert torch.equal(case.output(alone), case.output(model))
+    alone.set_adapter("again")
+    assert torch.equal(case.output(alone), case.output(model))
+
+
+def loads_with_a_given_configuration(case: Case) -> None:
+    model, config = case.model(), case.config()
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = PeftModel.from_pretrained(case.net(), folder, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.inference_mode
+    assert torch.equal(case.output(loaded), case.output(model))
+
+
+def copies(case: Case) -> None:
+    model = case.model()
+    expected = case.output(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(case.output(other), expected)
+        with torch.no_grad():
+            for parameter in (p for name, p in scores_of(other).items() if "right" not in name):
+                parameter.fill_(-9)
+        assert not torch.equal(case.output(other), expected)
+        assert torch.equal(case.output(model), expected)
+
+
+def is_injected_without_a_wrapper(case: Case) -> None:
+    model = case.model()
+    injected = inject_adapter_in_model(case.config(), case.net()).eval()
+    result = set_peft_model_state_dict(injected, get_peft_model_state_dict(model))
+    assert not result.unexpected_keys
+    assert torch.equal(case.output(injected), case.output(model))
+
+
+def is_built_on_the_meta_device(case: Case) -> None:
+    model = case.model()
+    with torch.device("meta"):
+        empty = KINDS[case.kind].build().eval()
+    empty = get_peft_model(empty, case.config()).eval()
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(case.output(empty), case.output(model))
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def merges_and_unmerges(case: Case) -> None:
+    model = case.model()
+    expected, before = case.output(model), frozen_weights(model)
+    for safe_merge in (False, True):
+        model.merge_adapter(safe_merge=safe_merge)
+        assert torch.equal(case.output(model), expected)
+        model.unmerge_adapter()
+        assert_all_equal(frozen_weights(model), before)
+        assert torch.equal(case.output(model), expected)
+
+
+def merges_safely_or_not_at_all(case: Case) -> None:
+    model = case.model()
+    expected, before = case.output(model), frozen_weights(model)
+    for layer in masked_layers(model):
+        scores = layer.parameters_of("default")[0]
+        kept = scores.detach().clone()
+        with torch.no_grad():
+            scores.view(-1)[0] = torch.nan
+        with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
+            layer.merge(safe_merge=True)
+        assert_all_equal(frozen_weights(model), before)
+        with torch.no_grad():
+            scores.copy_(kept)
+    assert torch.equal(case.output(model), expected)
+
+
+def merges_and_unloads(case: Case) -> None:
+    net = case.net()
+    names, base = list(net.state_dict()), case.output(net)
+    model = case.model(net)
+    expected = case.output(model)
+    assert torch.equal(case.output(copy.deepcopy(model).unload()), base)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert torch.equal(case.output(merged), expected)
+    assert list(merged.state_dict()) == names
+    assert not masked_layers(merged)
+
+
+def multiplies_active_masks(case: Case) -> None:
+    model = case.two()
+    model.base_model.set_adapter(["default", "other"])
+    for layer in masked_layers(model):
+        weight = layer.pretrained_matrix()
+        masks = layer.active_masks()
+        m1, m2 = (mask.gate.value(mask.offset(weight), weight) for mask in masks)
+        torch.testing.assert_close(masked_weight(weight, masks), weight * m1 * m2, rtol=1e-6, atol=0)
+    case.loss(model).backward()
+    assert all(p.grad is not None for name in ("default", "other") for p in scores_of(model, name).values())
+
+
+def merges_several_in_any_number_of_steps(case: Case) -> None:
+    model = case.two()
+    model.base_model.set_adapter(["default", "other"])
+    expected, before = case.output(model), frozen_weights(model)
+    model.merge_adapter(["default", "other"])
+    at_once = frozen_weights(model)
+    assert torch.equal(case.output(model), expected)
+    model.unmerge_adapter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already following adapters were merged")
+        model.merge_adapter(["default"])
+        model.merge_adapter(["other"])
+    assert_all_equal(frozen_weights(model), at_once)
+    model.unmerge_adapter()
+    assert_all_equal(frozen_weights(model), before)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def switches_adapters(case: Case) -> None:
+    model = case.two()
+    first = case.output(model)
+    model.set_adapter("other")
+    second = case.output(model)
+    assert not torch.equal(second, first)
+    assert all(p.requires_grad for p in scores_of(model, "other").values())
+    assert not any(p.requires_grad for p in scores_of(model).values())
+    model.set_adapter("default")
+    assert torch.equal(case.output(model), first)
+
+
+def disables_adapters(case: Case) -> None:
+    base = case.output(case.net())
+    model = case.model()
+    expected = case.output(model)
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(case.output(model), base)
+            with model.disable_adapter():
+                assert torch.equal(case.output(model), base)
+        assert torch.equal(case.output(model), expected)
+
+
+def deletes_adapters(case: Case) -> None:
+    base = case.output(case.net())
+    model = case.two()
+    first = case.output(model)
+    model.delete_adapter("other")
+    assert torch.equal(case.output(model), first)
+    model.delete_adapter("default")
+    assert not scores_of(model)
+    assert torch.equal(case.output(model.base_model), base)
+    for layer in masked_layers(model):
+        kept = [getattr(layer, name) for name in (*layer.adapter_layer_names, *layer.other_param_names)]
+        assert not any(len(adapters) for adapters in kept)
+
+
+BEHAVIOURS: dict[Behaviour, Sweep] = {
+    **dict.fromkeys(
+        [
+            exposes_what_peft_looks_for,
+            is_indifferent_to_names,
+            starts_as_the_base,
+            starts_as_its_gate_says,
+            reports_the_delta,
+            equals_the_plain_version,
+            trains_scores_alone,
+            moves_all_scores_at_the_first_step,
+            computes_in_half_precision,
+            computes_under_autocast,
+            refuses_batches_of_several_adapters,
+            saves_and_loads,
+            copies,
+            is_injected_without_a_wrapper,
+            is_built_on_the_meta_device,
+            merges_and_unmerges,
+            merges_safely_or_not_at_all,
+            merges_and_unloads,
+            multiplies_active_masks,
+            merges_several_in_any_number_of_steps,
+            switches_adapters,
+            disables_adapters,
+            deletes_adapters,
+        ],
+        EVERYTHING,
+    ),
+    # compiling takes half a second, and the layers know nothing of names of adapters and files
+    **dict.fromkeys(
+        [compiles_without_graph_breaks, saves_selected_adapters, loads_with_a_given_configuration], EACH_ONCE
+    ),
+}
+EXEMPTIONS = [
+    Exemption(
+        "starts_as_the_base",
+        lambda case: case.gate == "soft",
+        "The published soft gate starts at m0 < 1: `starts_as_its_gate_says` has the bound.",
+    ),
+    Exemption(
+        "starts_as_the_base",
+        lambda case: case.gate in ("topk", "topk-global"),
+        "A hard mask cuts 1 - keep_ratio of the weights from the first step on.",
+    ),
+    Exemption(
+        "moves_all_scores_at_the_first_step",
+        lambda case: case.layout == "low-rank",
+        "L starts at zero, so that R has no gradient before L has moved, as in LoRA.",
+    ),
+    Exemption(
+        "compiles_without_graph_breaks",
+        lambda case: case.gate == "topk-global",
+        "The cut is found once for all layers, and anew when a score has changed: by Python, outside the graph.",
+        raises=torch._dynamo.exc.Unsupported,
+        match="torch.compiler.disable",
+    ),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
+def test_conformance(behaviour: Behaviour, kind: str) -> None:
+    assert run(behaviour, BEHAVIOURS[behaviour], EXEMPTIONS, kind)
+
+
+@pytest.mark.parametrize("exemption", EXEMPTIONS, ids=lambda one: f"{one.behaviour}: {one.reason[:30]}")
+def test_exemptions_are_exact(exemption: Exemption) -> None:
+    (behaviour,) = (one for one in BEHAVIOURS if one.__name__ == exemption.behaviour)
+    assert run_exemption(behaviour, BEHAVIOURS[behaviour], exemption)
