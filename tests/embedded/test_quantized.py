@@ -14,9 +14,9 @@ from maskft.data import Collator
 from maskft.linear import masked_weight
 from maskft.runs import LoadedRun, load_data, load_run
 from maskft.training import train
-
 from tests.tuner.quantization import layers, merge_quietly
 from tests.tuner.test_quantized import rounding_bound
+
 from .conftest import short_recipe
 
 

@@ -81,10 +81,12 @@ def tiny_language_models() -> dict[str, PreTrainedConfig]:
     }
 
 
-def tiny_language_model(name: str) -> PreTrainedModel:
+def tiny_language_model(name: str, num_hidden_layers: int = 2) -> PreTrainedModel:
     """One of `tiny_language_models`, with the same random weights each time."""
+    config = tiny_language_models()[name]
+    config.num_hidden_layers = num_hidden_layers
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_language_models()[name]).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def batch(model: nn.Module) -> dict[str, Tensor]:

@@ -284,6 +284,24 @@ class TestMerging:
         torch.testing.assert_close(logits(reloaded), output, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(("kind", "width"), [("nf4", 64), ("fp4", 64), ("nf4-bf16-storage", 64), ("int8", None)])
+def test_hard_masks_are_exact_where_the_largest_weight_was_kept(checkpoint: Path, kind: str, width: int | None) -> None:
+    model = masked(load(checkpoint, kind), gate="topk", keep_ratio=0.5)
+    before = {name: layer.pretrained_weight() for name, layer in layers(model).items()}
+    merge_quietly(model)
+    exact = 0
+    for name, layer in layers(model).items():
+        with torch.no_grad():
+            masked_ = masked_weight(before[name], layer.masks(["default"]))
+        weight, expected, merged = (
+            matrix.view(-1, width or matrix.shape[1]) for matrix in (before[name], masked_, layer.get_base_weight())
+        )
+        kept = expected.abs().amax(1) == weight.abs().amax(1)
+        torch.testing.assert_close(merged[kept], expected[kept], rtol=1e-6, atol=0)
+        exact += int(kept.sum())
+    assert exact > 100
+
+
 def plain_merged(dense: nn.Module, model: nn.Module) -> nn.Module:
     """The dense model with the weights that merging left in the quantised one."""
     twin = copy.deepcopy(dense)

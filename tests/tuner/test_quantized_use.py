@@ -15,7 +15,15 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torchao.quantization import Float8WeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    PerTensor,
+    quantize_,
+)
+from torchao.quantization.quant_primitives import MappingType
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -23,7 +31,7 @@ import maskft.tuner.formats
 from maskft import MaskConfig
 from maskft.errors import AdapterError, ModelError
 from maskft.tuner import attach, attach_saved, kept_scores, merge_in_full_precision
-from maskft.tuner.formats import BITS4, Stored
+from maskft.tuner.formats import BITS4, TORCHAO, Stored
 
 from .models import batch, logits, loss, masked, scatter, scores_of, tiny_llama, tiny_llava
 from .quantization import FOUR_BITS, layers, load, merge_quietly, packed_hash, save_base
@@ -158,6 +166,53 @@ def test_weights_whose_rows_are_no_multiple_of_a_block(code: str, shape: tuple[i
     blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64)
     bound = (blocks.abs().amax(1, keepdim=True) / 6 + 1e-6).expand_as(blocks).flatten()[: weight.numel()].view(shape)
     assert ((unpacked - weight).abs() <= bound).all()
+
+
+CONFIGS = {
+    "rows": Int8WeightOnlyConfig(set_inductor_config=False),
+    "tensor": Int8WeightOnlyConfig(granularity=PerTensor(), set_inductor_config=False),
+    "groups": Int8WeightOnlyConfig(granularity=PerGroup(32), set_inductor_config=False),
+    "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+    "int4-asymmetric": IntxWeightOnlyConfig(
+        weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_torchao_weights_are_packed_as_the_library_packs_them(name: str) -> None:
+    one, other = nn.Linear(64, 16), nn.Linear(64, 16)
+    weight = other.weight.detach().clone()
+    for layer in (one, other):
+        quantize_(layer, CONFIGS[name])
+    packed = TORCHAO.pack(weight, TORCHAO.read(one))
+    for part in ("qdata", "scale", "zero_point"):
+        found, expected = getattr(packed.data, part), getattr(other.weight, part)
+        assert (found is None and expected is None) or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int8-torchao"])
+def test_bias_and_the_names_of_peft(kind: str) -> None:
+    base = nn.Sequential(nn.Linear(64, 32))
+    bias = base[0].bias.detach().clone()
+    if kind == "int8-torchao":
+        quantize_(base, CONFIGS["rows"])
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False) if kind == "int8" else bnb.nn.LinearNF4(64, 32)
+        layer.load_state_dict(base[0].state_dict())
+        base = nn.Sequential(layer).to("cpu")
+    model = attach(base, MaskConfig(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    scatter(model)
+    x = torch.randn(5, 64)
+    weight = layer.get_base_weight()
+    masked_ = (weight + layer.get_delta_weight("default")).detach()
+    torch.testing.assert_close(model(x), x @ masked_.T + bias)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), x @ weight.T + bias)
+    torch.testing.assert_close(layer.dense_layer(torch.float32, False, None)(x), x @ masked_.T + bias)
+    layer.set_base_weight(2 * weight)
+    torch.testing.assert_close(layer.get_base_weight(), 2 * weight, rtol=0.01, atol=0.01)
 
 
 class TestTraining:
@@ -328,7 +383,9 @@ class TestRefusals:
     def test_full_precision_of_what_has_none(self) -> None:
         model = attach(tiny_llama(), MaskConfig(modules="attn"))
         model.base_model.model.model.layers[0].mlp.up_proj = fake("hqq.core.quantize", "HQQLinear")()
-        with pytest.raises(ModelError, match=r"mlp.up_proj' cannot be .*quantised with HQQ"):
+        with pytest.raises(
+            ModelError, match=r"mlp.up_proj' is quantised with HQQ, which gives no full weight. Use merge_and_unload"
+        ):
             merge_in_full_precision(model)
 
     def test_layers_not_quantised_yet(self) -> None:

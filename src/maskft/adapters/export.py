@@ -42,7 +42,7 @@ def export_merged(model: Any, processor: Any, out: Path, *, probe: Mapping[str, 
     shutil.rmtree(staging, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        merged = merge_in_full_precision(model, safe_merge=True)
+        merged: Any = merge_in_full_precision(model, safe_merge=True)
         merged.save_pretrained(staging)
         processor.save_pretrained(staging)
         reloaded = AutoModelForImageTextToText.from_pretrained(staging, dtype=merged.dtype).eval()

@@ -1,13 +1,11 @@
-"""How quantised linear layers keep their weight, and which quantised layers cannot be masked.
+"""How quantised linear layers keep their weight.
 
 Layers are known by the names of their classes, so that no library is imported before one of its layers is met.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,35 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskft.errors import ModelError
-
-_MASKABLE = "Load the base in bf16, or quantised by bitsandbytes (8-bit, nf4 or fp4) or torchao (int8 weight-only)"
-_FOREIGN = {
-    "AWQ": r"awq",
-    "AutoRound": r"auto_round",
-    "GPTQ": r"gptq|\.QuantLinear$",
-    "AQLM": r"^aqlm\.",
-    "EETQ": r"eetq",
-    "HQQ": r"^hqq\.",
-    "GGUF": r"\.gguf\.",
-    "BitNet": r"\.bitnet\.",
-    "HIGGS": r"\.higgs\.",
-    "VPTQ": r"^vptq\.",
-    "SpQR": r"^spqr",
-    "FP8": r"\.(?:finegrained_fp8|fbgemm_fp8)\.",
-    "FP-Quant": r"^fp_quant\.",
-    "MXFP4": r"\.mxfp4\.",
-    "NVFP4": r"\.nvfp4\.",
-    "Four Over Six": r"^fouroversix\.",
-    "SINQ": r"^sinq\.",
-    "Metal": r"\.metal_quantization\.",
-    "Gemma's quantisation": r"\.gemma_quant\.",
-    "compressed-tensors": r"compressed_tensors\.",
-    "Quanto": r"^optimum\.quanto\.",
-    "Quark": r"^quark\.",
-    "Intel Neural Compressor": r"^neural_compressor\.",
-    "Transformer Engine": r"^transformer_engine\.",
-}
-"""Schemes without masked layers, by a pattern of "module.Class"."""
+from maskft.tuner.foreign import MASKABLE
 
 
 @dataclass(frozen=True)
@@ -189,7 +159,7 @@ class Torchao(Format):
         weight = module.weight.detach()
         if not hasattr(weight, "dequantize") or getattr(weight, "act_pre_scale", None) is not None:
             raise ModelError(
-                f"its weight is torchao's {type(weight).__name__}, which gives no full weight. {_MASKABLE}."
+                f"its weight is torchao's {type(weight).__name__}, which gives no full weight. {MASKABLE}."
             )
         return Stored(weight)
 
@@ -249,44 +219,6 @@ def unpacked_shape(module: Any, weight: Any) -> Any:
     if format_of(module) is not BITS4:
         return weight
     return torch.empty((module.out_features, module.in_features), device="meta")
-
-
-def foreign_scheme(module: nn.Module) -> str | None:
-    """Name of the scheme a layer is quantised in, if it is one without masked layers."""
-    names = [f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__]
-    for scheme, pattern in _FOREIGN.items():
-        if any(re.search(pattern, name, re.IGNORECASE) for name in names):
-            return scheme
-    return type(module).__name__ if hasattr(module, "qweight") or hasattr(module, "W_q") else None
-
-
-def refuse_foreign(module: nn.Module, name: str) -> None:
-    """Raise ModelError, naming the scheme, for a quantised layer that cannot be masked."""
-    if scheme := foreign_scheme(module):
-        raise ModelError(
-            f"'{name}' cannot be masked: it is quantised with {scheme}, which gives masks no gradient or no full "
-            f"weight. {_MASKABLE}."
-        )
-
-
-def refuse_foreign_layers(model: nn.Module, beside: Iterable[str] | None = None) -> None:
-    """Raise ModelError for the first quantised layer that cannot be masked, if there is one.
-
-    Such layers are seldom nn.Linear, so the search for layers to mask passes over them.
-
-    Args:
-        model: where to look.
-        beside: names of layers; look only in the stacks of layers that these lie in.
-    """
-    stacks = None if beside is None else {_stack(name) for name in beside}
-    for name, module in model.named_modules():
-        if (stacks is None or _stack(name) in stacks) and not any(module.children()):
-            refuse_foreign(module, name)
-
-
-def _stack(name: str) -> str:
-    """The part of a name before the number of its layer."""
-    return re.split(r"\.\d+(?:\.|$)", name)[0]
 
 
 def _undo_repacking(parameter: Any, state: Any, exact: bool) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from maskft.gates import Gate, TopK
 from maskft.linear import Mask, Weight, masked_linear, masked_weight
@@ -184,8 +185,8 @@ class MaskLayer(BaseTunerLayer):
         return self.unmatrix(masked - weight.to(masked.dtype))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """W * (m - 1) is an additive update."""
-        return True
+        """W * (m - 1) is an additive update; PEFT can factor that of a linear layer."""
+        return self.parameter_name == "weight" and isinstance(self.frozen(), nn.Linear | TransposedLinear)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace W by its masked value; masks of several adapters multiply.

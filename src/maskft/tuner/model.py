@@ -16,7 +16,8 @@ from maskft.targets import fused_heights, resolve_parameters, resolve_targets
 from maskft.tuner.base import base_fingerprint, remember_base
 from maskft.tuner.checks import check_when_run, checked_on_loading, refuse_other_base, refuse_other_parameters
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.formats import keep_from_repacking, refuse_foreign_layers, unpacked_shape
+from maskft.tuner.foreign import refuse_foreign_layers
+from maskft.tuner.formats import keep_from_repacking, unpacked_shape
 from maskft.tuner.kinds import ParamWrapper, make_layer
 from maskft.tuner.layer import MaskLayer
 from maskft.tuner.packed import await_scores, packed_state, scores_arrived, unpacked_state
@@ -137,6 +138,13 @@ class MaskModel(BaseTuner):
             if isinstance(layer, MaskLayer) and adapter_name in layer.mask_layout:
                 follows = not autocast_adapter_dtype and layer.quantization_backend is None
                 layer.cast_scores(adapter_name, layer.frozen_parameter().dtype if follows else config.torch_dtype())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, which passes over layers inside modules of the base that are called mask_something."""
+        super().delete_adapter(adapter_name)
+        for layer in self.modules():
+            if isinstance(layer, MaskLayer) and adapter_name in layer.mask_layout:
+                layer.delete_adapter(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # scores are made where the weight is, and experts have no `weight`

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from maskft.errors import ModelError
 from maskft.linear import Mask, Weight, masked_linear, masked_weight
-from maskft.tuner.formats import BITS4, BITS8, TORCHAO, Format, Stored, format_of, refuse_foreign, refuse_foreign_layers
+from maskft.tuner.foreign import foreign_layers, refuse_foreign
+from maskft.tuner.formats import BITS4, BITS8, TORCHAO, Format, Stored, format_of
 from maskft.tuner.layer import Linear, MaskLayer
 
 
@@ -81,7 +82,7 @@ class QuantizedLinear(Linear):
             )
 
     @torch.no_grad()
-    def dense_layer(self, dtype: torch.dtype, safe_merge: bool, adapter_names: list[str] | None) -> nn.Linear:
+    def dense_layer(self, dtype: torch.dtype | None, safe_merge: bool, adapter_names: list[str] | None) -> nn.Linear:
         """A plain linear layer with the merged weight in full; arguments are those of `merge`."""
         names: Any = self.active_adapters if adapter_names is None else adapter_names
         masks = self.masks([*self.merged_adapters, *(name for name in names if name not in self.merged_adapters)])
@@ -188,7 +189,7 @@ def merge_in_full_precision(
 
     Args:
         model: with mask adapters.
-        dtype: of the new layers' weights; default: the model's.
+        dtype: of the new layers' weights; default: the model's, if it has one.
         safe_merge: check that scores and merged weights are finite, as in `merge_and_unload`.
         adapter_names: adapters to merge; None merges the active ones.
 
@@ -197,8 +198,9 @@ def merge_in_full_precision(
         ValueError: with `safe_merge`, a score or a merged weight is not finite.
     """
     bare: Any = model.get_base_model()
-    wanted = dtype or bare.dtype
-    refuse_foreign_layers(bare)
+    wanted = dtype or getattr(bare, "dtype", None)
+    for name, scheme in foreign_layers(bare):
+        raise ModelError(f"'{name}' is quantised with {scheme}, which gives no full weight. Use merge_and_unload.")
     for name, module in list(bare.named_modules()):
         if isinstance(module, QuantizedLinear):
             bare.set_submodule(name, module.dense_layer(wanted, safe_merge, adapter_names))
@@ -209,7 +211,7 @@ def merge_in_full_precision(
     return merged
 
 
-def _dense(weight: Tensor, like: nn.Module, dtype: torch.dtype) -> nn.Linear:
+def _dense(weight: Tensor, like: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
     """A frozen plain linear layer with a weight (out, in) and the bias of another layer."""
     bias: Any = like.bias
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class GlobalRanking:
-    """Gates of one adapter's layers that share a cut, found anew whenever a score has changed.
+    """Gates of one adapter's layers that share a cut, found anew whenever a score may have changed.
 
-    Finding it reads every score once and sorts none (`torch.kthvalue`), for each training step.
+    Finding it reads every score once and sorts none (`torch.kthvalue`), for each forward pass of training.
 
     Args:
         adapter_name: whose scores are ranked.
@@ -32,7 +32,9 @@ class GlobalRanking:
         self.magnitude_start = magnitude_start
         self.layers: list[MaskLayer] = []
         self._gates: dict[int, TopKGlobal] = {}
-        self._seen: list[tuple[int, int, int]] = []
+        self._seen: list[tuple[int, int, int]] = []  # of all scores: parameter, storage, version
+        self._served: set[int] = set()  # layers that have asked since the cut was found
+        self._trained = False  # whether the cut was found for a pass that gradients are taken of
 
     def add(self, layers: Iterable[MaskLayer]) -> None:
         """Layers to rank, in the order in which ties are settled."""
@@ -42,8 +44,9 @@ class GlobalRanking:
     def gate(self, layer: MaskLayer) -> TopKGlobal:
         """The layer's gate at the present scores.
 
-        A change is seen where PyTorch counts it: by optimizers, `copy_`, `load_state_dict`, a new parameter or new
-        storage for one; not by writing to `scores.data` in place.
+        PyTorch counts changes of a tensor, except those by fused optimizers and by writing to `scores.data`. So the
+        cut is found anew when the count differs, when a layer asks again for a pass that gradients are taken of, and
+        for the first pass without gradients after such a one.
 
         Raises:
             ModelError: scores are in pieces on several processes.
@@ -55,9 +58,11 @@ class GlobalRanking:
                 "pieces. Use ranking 'matrix', or train without sharding (DDP)."
             )
         seen = [(id(p), p.data_ptr(), p._version) for p in scores]
-        if seen != self._seen:
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in scores)
+        if seen != self._seen or (id(layer) in self._served if trains else self._trained):
             self._refresh()
-            self._seen = seen
+            self._seen, self._trained, self._served = seen, trains, set()
+        self._served.add(id(layer))
         return self._gates[id(layer)]
 
     def _refresh(self) -> None:
