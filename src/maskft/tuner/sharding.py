@@ -6,6 +6,7 @@ Both put a layer's weights together around its forward and backward pass, where 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def whole(weight: Tensor) -> Tensor:
     if not is_sharded(weight):
         return weight.detach()
     if hasattr(weight, "full_tensor"):
-        full: Tensor = weight.detach().full_tensor()
+        pieces: Any = weight.detach()
+        full: Tensor = pieces.full_tensor()
         return full
     partitioned: dict[str, object] = {"param_list": [weight]}
     weight.all_gather(**partitioned)  # type: ignore[attr-defined]
