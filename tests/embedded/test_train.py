@@ -63,8 +63,8 @@ def test_a_repeated_call_leaves_a_finished_run_alone(run: Path) -> None:
 
 
 def test_a_run_of_another_recipe_is_not_overwritten(run: Path) -> None:
-    with pytest.raises(RunError, match=r"method\.gate: 'normalized' there, 'soft' now"):
-        train(short_recipe("method.gate=soft"), run)
+    with pytest.raises(RunError, match=r"method\.gate: 'soft' there, 'normalized' now"):
+        train(short_recipe("method.gate=normalized"), run)
 
 
 def test_a_folder_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("gate", ["soft", "centered", "topk", "threshold"])
+@pytest.mark.parametrize("gate", ["normalized", "centered", "topk", "threshold"])
 def test_the_other_gates_train(gate: str, tmp_path: Path) -> None:
     overrides = [f"method.gate={gate}", "method.layers=0-1", "training.max_steps=2"]
     if gate == "topk":
