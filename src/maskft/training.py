@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import SFTConfig
@@ -142,7 +143,7 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
     state = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
 
-    _save_result(recipe, trainer.model, output)
+    _save_result(recipe, trainer.model, output, say)
     trained = {
         "seconds": round(seconds, 1),
         "steps": state.global_step,
@@ -223,7 +224,7 @@ def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
         model = attach(model, recipe.method.config())
     else:
         _unfreeze_projector(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
     return _Ready(arguments, parts, processor, model, longest, base_parameters, trainable)
 
 
@@ -292,14 +293,14 @@ def _unfreeze_projector(model: Any) -> None:
     projector.requires_grad_(True)
 
 
-def _save_result(recipe: Recipe, model: Any, output: Path) -> None:
+def _save_result(recipe: Recipe, model: Any, output: Path, say: Say) -> None:
     """Write the adapter (or the projector) next to the recipe, through a folder of its own so that it is whole.
 
     Every process calls this, since what was trained may be in pieces; the first one writes.
     """
     trained = model if isinstance(recipe.method, MaskMethod) else find_projector(model)
     parameters = dict(trained.named_parameters())
-    state = {name: whole(p).cpu() for name, p in parameters.items() if p.requires_grad}
+    state = {name: _kept(whole(p)) for name, p in parameters.items() if p.requires_grad}
     if not is_first_process():
         return
     if not isinstance(recipe.method, MaskMethod):
@@ -310,12 +311,21 @@ def _save_result(recipe: Recipe, model: Any, output: Path) -> None:
         return
     staging = output / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)
-    if not (recipe.method.storage == "bits" and any(map(is_sharded, parameters.values()))):
+    if recipe.method.storage == "bits" and any(map(is_sharded, parameters.values())):
+        say(
+            f"scores are saved in full, since a mask needs whole weights. Next: maskft pack {output} NEW --storage bits"
+        )
+    else:
         model.requires_grad_(False)  # training is over: scores are written as method.storage says
     model.save_pretrained(staging, state_dict=state)
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # the weights last: they mark a finished run
         (staging / name).replace(output / name)
     shutil.rmtree(staging)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, in the process that writes; in others nothing, since they share the machine's memory."""
+    return tensor.cpu() if is_first_process() else tensor.new_empty(0)
 
 
 def _keep_freed_memory() -> None:
