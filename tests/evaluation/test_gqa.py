@@ -281,7 +281,7 @@ def test_words_are_split_at_any_white_space(folder: Path) -> None:
         ({"1": row("dog"), "2": row(5)}, "row 2: 'answer'"),
         ({"1": row("dog", isBalanced="yes")}, "row 1: 'isBalanced'"),
         ({"1": row("dog", question=None)}, "row 1: 'question'"),
-        ({"1": row("dog", types={"structural": "query"})}, "row 1: 'semantic'"),
+        ({"1": row("dog", types={"semantic": "rel"})}, "row 1: 'structural'"),
         ({"1": row("dog", types=[])}, "row 1: 'types'"),
         ({"1": row("dog", groups={"global": 5})}, "row 1: 'global'"),
         ({"1": row("dog", groups=None)}, "row 1: 'groups'"),
@@ -324,3 +324,16 @@ def test_missing_files(tmp_path: Path) -> None:
         gqa.read(tmp_path)
     with pytest.raises(DataError, match=r"llava_gqa_testdev_balanced\.jsonl"):
         gqa.questions(tmp_path)
+
+
+def test_what_only_sub_scores_need_may_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "gqa").mkdir()
+    content = {
+        "1": {"answer": "dog", "types": {"structural": "query"}},
+        "2": {"answer": "yes", "types": {"structural": "verify"}},
+    }
+    (tmp_path / "gqa" / "testdev_balanced_questions.json").write_text(json.dumps(content))
+    result = score(gqa.read(tmp_path), [Answer("1", "", "Dog."), Answer("2", "", "no")])
+    assert result.score == 50
+    assert (result.details["open"], result.details["binary"]) == (100, 0)
+    assert result.details["distribution"] == 0

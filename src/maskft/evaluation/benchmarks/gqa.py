@@ -19,6 +19,9 @@ Left out: validity and plausibility need a choices file and grounding needs scen
 for test-dev. Consistency needs answers to the entailed questions, which are in the full test-dev file, not the
 balanced one.
 
+A question needs its answer and its structural type. Where a file leaves out the rest, it counts as balanced, without
+group, steps or words, and of the semantic type "".
+
 Reads gqa/data/testdev_balanced_questions.json (or gqa/testdev_balanced_questions.json) and
 gqa/llava_gqa_testdev_balanced.jsonl; pictures are in gqa/images/ or gqa/data/images/.
 """
@@ -45,6 +48,7 @@ from maskft.evaluation.benchmarks.common import (
 )
 
 MAX_NEW_TOKENS = 128
+_OPTIONAL: dict[str, Any] = {"question": "", "isBalanced": True, "groups": {}, "semantic": []}
 _FINAL_STEPS = ("exist", "query: name", "choose name")
 
 
@@ -88,11 +92,12 @@ def read(data: Path) -> Annotations:
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} is not the file that was expected: it must map question ids to questions.")
+    content = {id: {**_OPTIONAL, **row} if isinstance(row, dict) else row for id, row in content.items()}
     rows = list(content.values())
     fields = {"question": str, "answer": str, "isBalanced": bool, "types": dict, "groups": dict, "semantic": list}
     require_fields(path, rows, fields)
-    require_fields(path, (row["types"] for row in rows), {"structural": str, "semantic": str})
-    require_fields(path, (row["groups"] for row in rows), {"global": (str, type(None))})
+    require_fields(path, ({"semantic": "", **row["types"]} for row in rows), {"structural": str, "semantic": str})
+    require_fields(path, ({"global": None, **row["groups"]} for row in rows), {"global": (str, type(None))})
     problems = [
         f"row {number}: 'semantic' must be a list of operations with 'operation' and 'argument'"
         for number, row in enumerate(rows, start=1)
@@ -113,7 +118,7 @@ def _annotation(id: str, row: dict[str, Any]) -> Annotation:
         id=id,
         answer=row["answer"],
         structural=row["types"]["structural"],
-        semantic=row["types"]["semantic"],
+        semantic=row["types"].get("semantic", ""),
         steps=sum(not any(final in step for final in _FINAL_STEPS) for step in steps),
         words=len(row["question"].split()),
         group=row["groups"].get("global"),
