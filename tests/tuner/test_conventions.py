@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     PeftModel,
     get_peft_model,
@@ -184,6 +185,13 @@ class TestRefusals:
         with pytest.raises(ModelError, match="'0' cannot be masked: its weight is computed from other parameters"):
             get_peft_model(model, MaskConfig(target_modules=["0"]))
 
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+    def test_weights_that_are_offloaded(self, name: str) -> None:
+        model = get_peft_model(tiny_language_model(name), MaskConfig(init_weights=False)).eval()
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        with pytest.raises(ModelError, match="accelerate has offloaded it"):
+            logits(model)
+
 
 class TestGradients:
     def test_output_can_be_changed_in_place(self) -> None:
@@ -325,6 +333,24 @@ class TestBaseWithNamesLikeOurs:
         model.delete_adapter("default")
         assert not scores_of(model)
         assert torch.equal(model.base_model(torch.ones(1, 4)), self.net()(torch.ones(1, 4)))
+
+
+def test_status_reports() -> None:
+    model = EXPERTS.two()
+    status = model.get_model_status()
+    assert (status.peft_types, status.num_adapter_layers) == ({"default": "MASK", "other": "MASK"}, 2)
+    assert (status.active_adapters, status.available_adapters) == (["default"], ["default", "other"])
+    assert {one.module_type for one in model.get_layer_status()} == {"mask.ParamWrapper"}
+    trainable, total = model.get_nb_trainable_parameters()
+    assert (trainable, total) == (768, 32 + 768 + 2 * 768)  # router and experts; the scores of two adapters
+
+
+def test_masked_embeddings_are_saved_beside_their_scores(tmp_path: Path) -> None:
+    """As PEFT does it for every method: the embedding itself goes into the file too."""
+    model = get_peft_model(tiny_llama(), MaskConfig(target_modules=["embed_tokens"], init_weights=False)).eval()
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), logits(model))
 
 
 def test_injected_scores_wait_on_the_meta_device() -> None:

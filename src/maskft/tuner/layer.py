@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
+from maskft.errors import ModelError
 from maskft.gates import Gate, TopK
 from maskft.linear import Mask, Weight, masked_linear, masked_weight
 from maskft.scores import Layout
@@ -235,12 +236,21 @@ class MaskLayer(BaseTunerLayer):
         return cast
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output with its weight masked."""
+        """The base layer's output with its weight masked.
+
+        Raises:
+            ModelError: the weight is offloaded.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         masks = self.active_masks()
         if not masks:
             return self.base_layer(x, *args, **kwargs)
+        if self.frozen_parameter().is_meta and not x.is_meta:
+            raise ModelError(
+                "a masked layer's weight is on no device: accelerate has offloaded it, and would fetch it for the base "
+                "layer alone. Load the model with a device_map that holds it whole, or merge the mask first."
+            )
         return self.masked_forward(x, masks, *args, **kwargs)
 
     def masked_forward(self, x: Tensor, masks: list[Mask], *args: Any, **kwargs: Any) -> Any:
