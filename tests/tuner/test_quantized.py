@@ -119,6 +119,18 @@ class TestAgainstPlainMasks:
             torch.testing.assert_close(x.grad, layer.pretrained_weight().float().sum(0).expand(3, -1))
         assert torch.equal(logits(model), output)
 
+    def test_inference_mode(self, checkpoint: Path, kind: str) -> None:
+        model = masked(load(checkpoint, kind))
+        output = logits(model)
+        with torch.inference_mode():
+            assert torch.equal(logits(model), output)
+            with model.disable_adapter():
+                assert not torch.equal(logits(model), output)
+            merge_quietly(model)
+            assert not torch.equal(logits(model), output)
+            model.unmerge_adapter()
+        assert torch.equal(logits(model), output)
+
     def test_starts_at_the_base(self, checkpoint: Path, kind: str) -> None:
         model = attach(load(checkpoint, kind), MaskConfig(gate="normalized"))
         with model.disable_adapter():

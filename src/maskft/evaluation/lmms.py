@@ -86,6 +86,7 @@ class MaskedModel(_Lmms):  # type: ignore[misc]
             dtype=section.dtype,
             attention=section.attention,
             trust_remote_code=section.trust_remote_code,
+            quantization=section.quantization,
         )
         self.model = _with_learnt(base, candidate).to(self.device)
 

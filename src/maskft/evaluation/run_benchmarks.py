@@ -275,7 +275,11 @@ def _answer(
     processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
     dtype = next(iter(files.values())).settings["dtype"]
     model = load_model(
-        section.base, dtype=dtype, attention=section.attention, trust_remote_code=section.trust_remote_code
+        section.base,
+        dtype=dtype,
+        attention=section.attention,
+        trust_remote_code=section.trust_remote_code,
+        quantization=section.quantization,
     ).to(state.device)
     for candidate in waiting[1:]:
         with wearing(model, candidate):  # one that does not fit is refused before any question is asked

@@ -156,7 +156,7 @@ class Torchao(Format):
     backend_name = "torchao"
 
     def read(self, module: Any, *, exact: bool = True) -> Stored:
-        weight = module.weight.detach()
+        weight = module.weight
         if not hasattr(weight, "dequantize") or getattr(weight, "act_pre_scale", None) is not None:
             raise ModelError(
                 f"its weight is torchao's {type(weight).__name__}, which gives no full weight. {MASKABLE}."

@@ -59,11 +59,12 @@ class QuantizedLinear(Linear):
         return self.quantization_backend.read(self.frozen())
 
     def restore_weight(self, saved: Any) -> None:
-        self.quantization_backend.write(self.frozen(), saved)
+        with torch.inference_mode(False):  # a parameter made in inference mode could never be trained through
+            self.quantization_backend.write(self.frozen(), saved)
 
-    @torch.no_grad()
     def write_weight(self, weight: Tensor) -> None:
-        self.restore_weight(self.quantization_backend.pack(weight, self.save_weight()))
+        with torch.inference_mode(False), torch.no_grad():
+            self.restore_weight(self.quantization_backend.pack(weight, self.save_weight()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As for a weight in full precision, but W * m is quantised again, which changes outputs a little.
