@@ -88,7 +88,9 @@ class MaskedModel(_Lmms):  # type: ignore[misc]
             trust_remote_code=section.trust_remote_code,
             quantization=section.quantization,
         )
-        self.model = _with_learnt(base, candidate).to(self.device)
+        self.model = _with_learnt(base, candidate)
+        if section.quantization == "none":  # a quantised model is put where it belongs when it is loaded
+            self.model.to(self.device)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers in the order of `requests`, whose args are (context, settings, visuals of a document, its id, task,

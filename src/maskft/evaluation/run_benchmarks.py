@@ -253,6 +253,7 @@ def _answer_files(
                 settings={
                     **settings,
                     "attention": section.attention,
+                    "quantization": section.quantization,
                     "max_new_tokens": max_new_tokens or task.module.MAX_NEW_TOKENS,
                     "base": base,
                     "learnt": learnt,
@@ -280,7 +281,9 @@ def _answer(
         attention=section.attention,
         trust_remote_code=section.trust_remote_code,
         quantization=section.quantization,
-    ).to(state.device)
+    )
+    if section.quantization == "none":  # a quantised model is put where it belongs when it is loaded
+        model.to(state.device)
     for candidate in waiting[1:]:
         with wearing(model, candidate):  # one that does not fit is refused before any question is asked
             pass
