@@ -14,11 +14,11 @@ SRC = Path(__file__).parents[1] / "src" / "maskft"
 FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("gates", "scores", "fingerprint", "packing"), 1),
+    **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "folders", "yamlfile", "checkpoints"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit"), 4),
-    "runs": 5,
+    **dict.fromkeys(("runs", "inspection", "guard"), 5),
     "trainer": 6,
     "training": 7,
     **dict.fromkeys(("evaluation", "analysis"), 8),
