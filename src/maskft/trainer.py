@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
+from maskft.guard import GuardedTrainer
 from maskft.optim import StochasticAdamW
 from maskft.runs import write_json
 from maskft.tuner import kept_scores
@@ -68,7 +69,7 @@ def _optimizer(model: Any, arguments: Any) -> tuple[type[torch.optim.Optimizer],
     return StochasticAdamW, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
 
 
-class LabelledPositionsTrainer(SFTTrainer):
+class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
     """SFTTrainer whose loss on a CPU computes logits only where there is a label.
 
     There, TRL's own loss projects every position on the whole vocabulary in fp32, which is half of a step of a small
