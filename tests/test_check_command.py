@@ -92,6 +92,18 @@ def test_every_complaint_reaches_the_user(
     assert message in line
 
 
+def test_what_a_terminal_would_obey_is_escaped(
+    base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe(base, data, [GOOD, llava(image="\x1b[2Jred.png")])
+    assert check(monkeypatch, file) == 2
+    assert check(monkeypatch, file, f"data.train={data}/\x1b]0;x.json") == 2
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "\\x1b[2Jred.png does not exist" in printed.out
+    assert "\\x1b]0;x.json" in printed.err
+
+
 def test_all_at_once_and_a_clean_copy(
     base: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from maskft.cli import main
 from maskft.errors import DataError, Paused, RunError
 from maskft.guard import LOCK, Guard, disk_problem
 from maskft.recipe import load_recipe
+from maskft.runs import read_metrics
 from maskft.training import train
 from tests.faults.tiny_run import write_recipe
 
@@ -286,3 +287,10 @@ def test_damaged_and_unfinished_checkpoints_are_passed_over(recipe: Path, whole:
     assert (run / RESULT).read_bytes() == (whole / RESULT).read_bytes()
     expected = [*(f"checkpoint-{step}" for step in (2, 4, 6, 8)), "damaged-checkpoint-6"]
     assert checkpoints(run) == expected
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\udcff"])
+def test_damaged_metrics(content: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(RunError, match=r"metrics\.json .*Remove it"):
+        read_metrics(tmp_path)

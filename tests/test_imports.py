@@ -14,10 +14,11 @@ SRC = Path(__file__).parents[1] / "src" / "maskft"
 FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "folders", "yamlfile", "checkpoints"), 1),
+    **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
+    **dict.fromkeys(("folders", "yamlfile", "checkpoints"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim"), 3),
-    **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit"), 4),
+    **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit", "memory"), 4),
     **dict.fromkeys(("runs", "inspection", "guard"), 5),
     "trainer": 6,
     "training": 7,
@@ -25,7 +26,7 @@ LEVELS = {
     "studies": 9,
     **dict.fromkeys(("cli", "app", "report"), 10),
 }
-PURE = ("gates", "scores", "linear", "fingerprint", "packing")
+PURE = ("gates", "scores", "linear", "fingerprint", "packing", "compiling")
 HOMES = {
     "peft": {"tuner"},
     "trl": {"trainer", "training"},

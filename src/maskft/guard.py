@@ -189,11 +189,18 @@ class GuardedTrainer:
     accelerator: Any
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's. Raises RunError before the step changes anything if the loss is not finite."""
+        """As Trainer's. Raises RunError before the optimizer's step if the loss is not finite."""
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self.guard is not None and not torch.isfinite(loss).all():
-            self._give_up(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        self.require_number(loss)
         return loss
+
+    def require_number(self, loss: Tensor) -> None:
+        """Raise RunError if a loss of training is not finite.
+
+        To be called before the backward pass as well where that changes values.
+        """
+        if self.guard is not None and self.model.training and not torch.isfinite(loss).all():
+            self._give_up(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """As Trainer's, but older checkpoints are removed only once this one has its manifest."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import shutil
@@ -23,7 +22,8 @@ from maskft.checkpoints import clear_away, newest_sound
 from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
 from maskft.guard import CHECKPOINTS, LOCK, Guard
-from maskft.recipe import MaskMethod, Recipe
+from maskft.memory import keep_freed_memory
+from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.runs import (
     PROJECTOR,
     RECIPE,
@@ -89,7 +89,8 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
         "fp16": recipe.model.dtype == "float16",
         "use_cpu": not torch.accelerator.is_available(),
     }
-    values = {**_DEFAULTS, **_METHOD_DEFAULTS[recipe.method.name], **computed, **recipe.training}
+    chosen = {**method_settings(recipe), **recipe.training}
+    values = {**_DEFAULTS, **_METHOD_DEFAULTS[recipe.method.name], **computed, **chosen}
     try:
         return SFTConfig(
             output_dir=str(output / CHECKPOINTS),
@@ -134,7 +135,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
         _finished(recipe, output)  # another process may have written there meanwhile
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_json(output / "environment.json", environment())
-    _keep_freed_memory()
+    keep_freed_memory()
     trainer = make_trainer(
         ready.model,
         ready.arguments,
@@ -143,6 +144,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
         parts=ready.parts,
         log=output / LOG,
         audit=MaskAudit(strict=recipe.audit.strict),
+        memory=recipe.method.memory if isinstance(recipe.method, MaskMethod) else None,
     )
     guard.watch(trainer)
     checkpoint, passed_over = newest_sound(output / CHECKPOINTS)
@@ -337,12 +339,3 @@ def _save_result(recipe: Recipe, model: Any, output: Path, say: Say) -> None:
 def _kept(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, in the process that writes; in others nothing, since they share the machine's memory."""
     return tensor.cpu() if is_first_process() else tensor.new_empty(0)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory. By default it hands every large tensor back to the kernel, and the page faults of
-    the next one cost a fifth of a training step on a CPU. Without effect elsewhere."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
-        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
-            libc.mallopt(option, size)

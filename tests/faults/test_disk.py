@@ -38,6 +38,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
+@pytest.fixture(scope="module")
+def whole(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The adapter of a run that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(load_recipe(recipe), run)
+    return (run / RESULT).read_bytes()
+
+
 def fill(disk: Path, left: int) -> None:
     """Leave so many bytes."""
     status = os.statvfs(disk)
@@ -45,9 +53,9 @@ def fill(disk: Path, left: int) -> None:
     (disk / "filler").write_bytes(bytes(max(0, free - left)))
 
 
-@pytest.mark.parametrize("left", [0, 24_000, 60_000, 100_000])
+@pytest.mark.parametrize("left", [0, 24_000, 60_000])
 def test_full_while_a_checkpoint_is_written(
-    left: int, recipe: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    left: int, recipe: Path, disk: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = maskft.trainer.Watch.on_step_end
 
@@ -69,8 +77,7 @@ def test_full_while_a_checkpoint_is_written(
     said: list[str] = []
     train(load_recipe(recipe), run, say=said.append)
     assert f"resuming from {run / 'checkpoints' / 'checkpoint-4'}" in said
-    train(load_recipe(recipe), tmp_path / "whole")
-    assert (run / RESULT).read_bytes() == (tmp_path / "whole" / RESULT).read_bytes()
+    assert (run / RESULT).read_bytes() == whole
 
 
 def test_read_only(recipe: Path, disk: Path) -> None:

@@ -34,10 +34,10 @@ def check_same(whole: Path, mended: Path) -> None:
     assert not (mended / ".lock").exists()
 
 
-def test_killed_five_times(tmp_path: Path) -> None:
+def test_killed_three_times(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe")
     train(load_recipe(recipe), tmp_path / "whole")
-    assert len(killed(recipe, tmp_path / "killed", kills=5, events=30)) == 5
+    assert len(killed(recipe, tmp_path / "killed", kills=3, events=40)) == 3
     check_same(tmp_path / "whole", tmp_path / "killed")
 
 
