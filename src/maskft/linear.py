@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,27 @@ from maskft.scores import Dense, Layout, Parameters
 
 DENSE = Dense()
 Weight = Tensor | Callable[[], Tensor]
+
+
+class ScoreStep(Protocol):
+    """Updates scores in the backward pass from the gradient of the masked weight."""
+
+    def takes(self) -> bool:
+        """Whether it makes the step of this backward pass."""
+        ...
+
+    def __call__(self, mask: Mask, weight: Tensor, dmasked: Tensor) -> Tensor:
+        """Make it.
+
+        Args:
+            mask: with dense scores (out, in), which are changed in place.
+            weight: W (out, in).
+            dmasked: dL/dW' (out, in).
+
+        Returns:
+            W' of the scores before the step, in the dtype of `dmasked`.
+        """
+        ...
 
 
 class WeightCache:
@@ -59,6 +80,7 @@ class Mask:
         layout: what turns the scores into offsets D.
         compiled: compute by compiled code, where the gate looks at each entry alone.
         cache: keeps the masked weight until the scores change.
+        step: makes the optimizer's step on the scores inside the backward pass, in place of a gradient.
     """
 
     gate: Gate
@@ -66,6 +88,7 @@ class Mask:
     layout: Layout = DENSE
     compiled: bool = False
     cache: WeightCache | None = None
+    step: ScoreStep | None = None
 
     @property
     def fused(self) -> bool:
@@ -185,8 +208,11 @@ class _MaskedLinear(torch.autograd.Function):
         scores: list[Tensor | None] = [None] * len(parameters)
         if any(ctx.needs_input_grad[4:]):
             dmasked = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
-            masked, gradients = _masked_and_gradients(mask, weight, dmasked, masked)
-            scores = [*gradients]
+            if mask.step is not None and mask.step.takes():
+                masked = mask.step(mask, weight, dmasked)
+            else:
+                masked, gradients = _masked_and_gradients(mask, weight, dmasked, masked)
+                scores = [*gradients]
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ (_masked(mask, weight, dy.dtype) if masked is None else masked)
@@ -233,10 +259,15 @@ def _gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: Gate) -> Te
 @compiled
 def _product_and_gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     """Both of the above; W' in the dtype of dL/dW'."""
+    masked, doffset = masked_and_gradient(dmasked, weight, offset, gate)
+    return masked, _into(dmasked, doffset.to(offset.dtype))
+
+
+def masked_and_gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """W' in the dtype of its gradient dL/dW', and dL/dD in that of the gate; all of one shape."""
     wide = _wide(offset, weight)
     m = gate.value(wide, weight)
-    doffset = (gate.derivative(wide, weight, m) * weight * dmasked).to(offset.dtype)
-    return (m * weight).to(dmasked.dtype), _into(dmasked, doffset)
+    return (m * weight).to(dmasked.dtype), gate.derivative(wide, weight, m) * weight * dmasked
 
 
 def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -22,9 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from maskft.compiling import compiled
 from maskft.errors import UserError, did_you_mean
-from maskft.linear import WeightCache
-from maskft.optim import ScoreAdamW, StepInBackward
+from maskft.gates import Gate
+from maskft.linear import Mask, WeightCache, masked_and_gradient
+from maskft.optim import NUMBERS, ScoreAdamW, StepInBackward, adamw, adamw_8bit
+from maskft.scores import Dense
 from maskft.tuner import MaskLayer
 
 
@@ -87,6 +90,85 @@ def cache_weights(model: Any, optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(changed)
 
 
+def fuse_steps(model: Any, stepper: StepInBackward) -> None:
+    """Let layers with dense scores make the step of these without writing down their gradient, one pass in all.
+
+    That is done for layers whose first step showed that they run once per step, and where nothing is clipped and the
+    optimizer is a `ScoreAdamW`; all others go on as they are.
+    """
+    optimizer = stepper.optimizer
+    if not isinstance(optimizer, ScoreAdamW) or stepper.max_norm > 0:
+        return
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    for layer in _masked_layers(model):
+        for name, layout in layer.mask_layout.items():
+            scores = layer.parameters_of(name)[0]
+            if isinstance(layout, Dense) and scores in trained and scores.is_contiguous():
+                step = layer.score_steps[name] = FusedStep(stepper, scores)
+                stepper.ended.append(step.end)
+
+
+class FusedStep:
+    """The step of one layer's dense scores, made by one pass over weight, gradient, scores and moments."""
+
+    def __init__(self, stepper: StepInBackward, scores: Tensor) -> None:
+        self._stepper, self._scores = stepper, scores
+        self._calls = 0
+        self._once = False
+
+    def takes(self) -> bool:
+        """Whether to make this backward pass's step: after a first step in which the layer ran once.
+
+        Raises:
+            RuntimeError: the layer has made its step already.
+        """
+        self._calls += 1
+        if not self._stepper.ready():
+            self._calls = 2  # gradients of several batches must be added up
+        if self._once and self._calls > 1:
+            raise RuntimeError(
+                "a second backward pass came before the optimizer's step(), but scores have been updated in the first. "
+                "Call step() after each, say by `ready` which one is the last, or use memory 'balanced'."
+            )
+        return self._once
+
+    def end(self) -> None:
+        """A training step has ended."""
+        self._once, self._calls = self._calls == 1 or (self._once and self._calls == 0), 0
+
+    @torch.no_grad()
+    def __call__(self, mask: Mask, weight: Tensor, dmasked: Tensor) -> Tensor:
+        """See `maskft.linear.ScoreStep`."""
+        optimizer = self._stepper.optimizer
+        assert isinstance(optimizer, ScoreAdamW)
+        parts = optimizer.begin(self._scores, self._stepper.group(self._scores))
+        moments = parts.moments
+        tensors = [dmasked, weight, mask.parameters[0]]
+        if parts.noise[0] is None and all(t.is_contiguous() for t in tensors):  # one compilation for all shapes
+            tensors, moments = [t.view(-1) for t in tensors], tuple(m.view(-1) for m in moments)
+        masked, squared_norm = _fused_step(mask.gate, *tensors, *parts.noise, *moments, *parts.numbers)
+        self._stepper.squared_norms.append(squared_norm)
+        increment_version([self._scores])
+        return masked.view(weight.shape)
+
+
+@compiled
+def _fused_step(
+    gate: Gate,
+    dmasked: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *rest: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """W' and the squared norm of the gradient; `rest` are moments and numbers as `maskft.optim.adamw` takes them."""
+    masked, gradient = masked_and_gradient(dmasked, weight, scores, gate)
+    update: Any = adamw if len(rest) == 2 + NUMBERS else adamw_8bit
+    update(scores, gradient, *rest[:-NUMBERS], rows, columns, *rest[-NUMBERS:])
+    return masked, gradient.square().sum()
+
+
 def _masked_layers(model: Any) -> list[MaskLayer]:
     return [module for module in model.modules() if isinstance(module, MaskLayer)]
 
@@ -99,10 +181,10 @@ def score_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-12,
     weight_decay: float = 0.0,
-    max_norm: float = 1.0,
+    max_norm: float = 0.0,
     ready: Callable[[], bool] = lambda: True,
     watch: Callable[[Tensor], None] = lambda parameter: None,
-) -> torch.optim.Optimizer:
+) -> ScoreAdamW:
     """The optimizer of a memory mode over a model's trainable parameters, for a training loop or a trainer.
 
     The model's masks must have been made with the mode's `score_dtype`. Masks are computed by compiled code from then
@@ -113,7 +195,7 @@ def score_optimizer(
         memory: "fast", "balanced" or "tight".
         lr, betas, eps, weight_decay: of AdamW. Score gradients are tiny, so eps is.
         max_norm: in modes that step inside the backward pass, the largest norm of one tensor's gradient; 0 does not
-            clip. Elsewhere the training loop clips.
+            clip, and is faster. Elsewhere the training loop clips.
         ready: with accumulation, whether this backward pass completes the gradients.
         watch: called with each parameter whose gradient is about to be used and freed.
 
@@ -130,13 +212,9 @@ def score_optimizer(
         )
     use_kernels(model)
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    optimizer: torch.optim.Optimizer
-    if mode.moments == "float32":
-        optimizer = torch.optim.AdamW(trained, fused=True, **settings)
-    else:
-        optimizer = ScoreAdamW(trained, moments=mode.moments, **settings)
+    optimizer = ScoreAdamW(trained, moments=mode.moments, **settings)
     if mode.step_in_backward:
-        StepInBackward(optimizer, max_norm, ready, watch)
+        fuse_steps(model, StepInBackward(optimizer, max_norm, ready, watch))
     return optimizer
 
 

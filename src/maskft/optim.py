@@ -15,8 +15,10 @@ vector code, where codes found by search, as those of arXiv 2110.02861 are, take
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +28,26 @@ from maskft.compiling import compiled
 
 SMALL = 4096
 """Parameters with fewer values keep fp32 moments."""
+NUMBERS = 6
+"""How many scalars an update takes."""
 _LOW_BITS = 16
 _SIGNED, _UNSIGNED = 127.0, 255.0
-Noise = tuple[Tensor, Tensor]
+Noise = tuple[Tensor, Tensor] | tuple[None, None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the update of one parameter takes beside its values and their gradient.
+
+    Attributes:
+        moments: first and second, (rows, columns), in fp32; or each as codes and scales (rows).
+        noise: for every row and column, where anything is rounded at random.
+        numbers: scalars, see `_numbers`.
+    """
+
+    moments: tuple[Tensor, ...]
+    noise: Noise
+    numbers: tuple[Tensor, ...]
 
 
 class ScoreAdamW(torch.optim.Optimizer):
@@ -99,29 +118,27 @@ class ScoreAdamW(torch.optim.Optimizer):
                 self.state[parameter][name] = copy.deepcopy(value).to(device)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        parts = self.begin(parameter, group)
+        values, gradient = as_rows(_local(parameter)), as_rows(_local(parameter.grad))  # type: ignore[arg-type]
+        (adamw if len(parts.moments) == 2 else adamw_8bit)(
+            values, gradient, *parts.moments, *parts.noise, *parts.numbers
+        )
+
+    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Parts:
+        """Count a step of one parameter; whoever calls this makes it, by `adamw` or `adamw_8bit`."""
         state = self.state[parameter]
-        values, gradient = _local(parameter), _local(parameter.grad)  # type: ignore[arg-type]
         if not state:
             state["step"] = torch.zeros(())
             state.update(zip(self._names(parameter), self._zeros(parameter), strict=True))
         state["step"] += 1
-        step, (beta1, beta2), lr = int(state["step"]), group["betas"], float(group["lr"])
-        noise = _noise(values, step, self._places[id(parameter)])
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        farthest = _farthest(beta1, beta2, step) * math.sqrt(correction2) / correction1
-        settings = (
-            beta1,
-            beta2,
-            group["eps"] * math.sqrt(correction2),
-            lr * math.sqrt(correction2) / correction1,
-            lr * farthest,
-            1 - lr * group["weight_decay"],
-        )
-        numbers = [torch.tensor(x, dtype=torch.float32) for x in settings]  # tensors: their values are not compiled in
+        step = int(state["step"])
         kept = {name: _local(state[name]) for name in self._names(parameter)}
-        moments = [value if name.endswith("scale") else _rows(value) for name, value in kept.items()]
-        update = _adamw if len(moments) == 2 else _adamw_8bit
-        update(_rows(values), _rows(gradient), *moments, *noise, *numbers)
+        moments = tuple(value if name.endswith("scale") else as_rows(value) for name, value in kept.items())
+        exact = parameter.dtype != torch.bfloat16 and len(moments) == 2
+        noise = (None, None) if exact else _noise(_local(parameter), step, self._places[id(parameter)])
+        return Parts(
+            moments, noise, _numbers(step, float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"])
+        )
 
     def _names(self, parameter: Tensor) -> tuple[str, ...]:
         if self.moments == "int8" and parameter.numel() >= SMALL and not hasattr(parameter, "to_local"):
@@ -133,7 +150,7 @@ class ScoreAdamW(torch.optim.Optimizer):
             return tuple(torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
         codes = (torch.zeros_like(parameter, dtype=dtype) for dtype in (torch.int8, torch.uint8))
         return tuple(
-            part for code in codes for part in (code, parameter.new_zeros(_rows(code).shape[0], dtype=torch.float32))
+            part for code in codes for part in (code, parameter.new_zeros(as_rows(code).shape[0], dtype=torch.float32))
         )
 
 
@@ -153,6 +170,7 @@ class StepInBackward:
 
     Attributes:
         squared_norms: of the gradients of the last step, before clipping, one per parameter.
+        ended: called when the training loop's own call of `step` ends a step.
     """
 
     def __init__(
@@ -164,7 +182,10 @@ class StepInBackward:
     ) -> None:
         self.optimizer, self.max_norm, self.ready, self.watch = optimizer, max_norm, ready, watch
         self.squared_norms: list[Tensor] = []
+        self.ended: list[Callable[[], None]] = []
+        self._inside = False
         self._step = type(optimizer).step
+        optimizer.register_step_post_hook(self._step_made)
         self._groups = {parameter: i for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in self._groups]
 
@@ -180,22 +201,31 @@ class StepInBackward:
             hook.remove()
 
     def _arrived(self, parameter: Tensor) -> None:
-        if not self.ready():
+        gradient = parameter.grad
+        if gradient is None or not self.ready():
             return
         self.watch(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
         self.squared_norms.append(_whole(norm).square())
         if self.max_norm > 0 and (norm.device.type != "cpu" or norm > self.max_norm):  # elsewhere a look would wait
             gradient.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.dtype))
         groups = self.optimizer.param_groups
-        self.optimizer.param_groups = [{**groups[self._groups[parameter]], "params": [parameter]}]
+        self.optimizer.param_groups = [{**self.group(parameter), "params": [parameter]}]
+        self._inside = True
         try:
             self._step(self.optimizer)
         finally:
-            self.optimizer.param_groups = groups
+            self.optimizer.param_groups, self._inside = groups, False
         parameter.grad = None
+
+    def group(self, parameter: Tensor) -> dict[str, Any]:
+        """The optimizer's settings for a parameter."""
+        found: dict[str, Any] = self.optimizer.param_groups[self._groups[parameter]]
+        return found
+
+    def _step_made(self, *_: Any) -> None:
+        for action in () if self._inside else self.ended:
+            action()
 
 
 def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
@@ -207,6 +237,16 @@ def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     bits = values.view(torch.int32)
     rounded = (bits + noise).bitwise_and(-(1 << _LOW_BITS)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
+
+
+@functools.lru_cache(maxsize=16)
+def _numbers(step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> tuple[Tensor, ...]:
+    """Scalars of one step, as tensors so that their values are not compiled in: both betas, eps, the rate and the
+    farthest change, all with the corrections of early steps, and the factor of weight decay."""
+    correction = math.sqrt(1 - beta2**step)
+    rate = lr * correction / (1 - beta1**step)
+    numbers = (beta1, beta2, eps * correction, rate, rate * _farthest(beta1, beta2, step), 1 - lr * weight_decay)
+    return tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
 
 
 def _farthest(beta1: float, beta2: float, step: int) -> float:
@@ -226,7 +266,7 @@ def _noise(values: Tensor, step: int, place: int) -> Noise:
     """
     generator = torch.Generator().manual_seed((step << 24) + place)
     rows, columns = (
-        torch.randint(1 << _LOW_BITS, (size,), generator=generator, dtype=torch.int32) for size in _rows(values).shape
+        torch.randint(1 << _LOW_BITS, (size,), generator=generator, dtype=torch.int32) for size in as_rows(values).shape
     )
     return rows.to(values.device), columns.to(values.device)
 
@@ -244,9 +284,16 @@ def _stepped(
 
 
 @compiled
-def _adamw(
-    values: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rows: Tensor, columns: Tensor, *numbers: Tensor
+def adamw(
+    values: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    *numbers: Tensor,
 ) -> None:
+    """Update values and moments in place; all (rows, columns), or of one shape where there is no noise."""
     new, first_new, second_new = _stepped(values, gradient, first, second, numbers)
     first.copy_(first_new)
     second.copy_(second_new)
@@ -254,20 +301,22 @@ def _adamw(
 
 
 @compiled
-def _adamw_8bit(
+def adamw_8bit(
     values: Tensor,
     gradient: Tensor,
     first: Tensor,
     first_scale: Tensor,
     second: Tensor,
     second_scale: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
     *numbers: Tensor,
 ) -> None:
+    """As `adamw`, with moments as codes (rows, columns) and scales (rows)."""
     root = _decoded(second, second_scale)
     new, first_new, second_new = _stepped(values, gradient, _decoded(first, first_scale), root * root, numbers)
     noise = _together(rows, columns)
+    assert noise is not None
     _encode(first_new, _SIGNED, noise, first, first_scale)
     _encode(second_new.sqrt(), _UNSIGNED, noise, second, second_scale)
     values.copy_(_narrowed(new, values.dtype, noise))
@@ -289,16 +338,18 @@ def _encode(rows: Tensor, top: float, noise: Tensor, codes: Tensor, scale: Tenso
     scale.copy_(largest / top**2)
 
 
-def _together(rows: Tensor, columns: Tensor) -> Tensor:
-    """The noise of every entry, in [0, 65536)."""
+def _together(rows: Tensor | None, columns: Tensor | None) -> Tensor | None:
+    """The noise of every entry, in [0, 65536), if there is any."""
+    if rows is None or columns is None:
+        return None
     return (rows[:, None] + columns[None, :]).bitwise_and((1 << _LOW_BITS) - 1)
 
 
-def _narrowed(new: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
-    return round_stochastically(new, noise) if dtype == torch.bfloat16 else new
+def _narrowed(new: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
+    return round_stochastically(new, noise) if dtype == torch.bfloat16 and noise is not None else new
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """View as (rows, columns)."""
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.view(1, -1)
 

@@ -18,7 +18,7 @@ from trl import SFTTrainer
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.guard import GuardedTrainer
-from maskft.memory import cache_weights, memory_mode, use_kernels
+from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW, StepInBackward
 from maskft.runs import write_json
 from maskft.tuner import kept_scores
@@ -72,8 +72,11 @@ def _name_layers(trainer: SFTTrainer) -> None:
 def _optimizer(
     model: Any, arguments: Any, memory: str | None
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Stochastic rounding for scores in bf16, which small steps would not move otherwise; else Trainer's own choice."""
-    if not any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+    """`ScoreAdamW` where scores are in bf16, which small steps would not move otherwise, or where the recipe names no
+    optimizer and the whole model is here; else Trainer's own choice."""
+    bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    whole = memory and arguments.distributed_state.distributed_type in _WHOLE
+    if not bf16 and not (whole and arguments.optim == "adamw_torch_fused" and not arguments.optim_args):
         return None
     return ScoreAdamW, {
         "lr": arguments.learning_rate,
@@ -117,6 +120,7 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
             self.in_backward = StepInBackward(
                 optimizer, self.args.max_grad_norm, lambda: bool(state.sync_gradients), self.audit.see_gradient
             )
+            fuse_steps(self.model, self.in_backward)
         return optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:

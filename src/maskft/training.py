@@ -55,7 +55,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     # score gradients carry a factor |W| m0 (1 - m0), about 4e-4, and Adam's usual eps of 1e-8 would damp them
-    "mask": {"learning_rate": 0.1, "adam_epsilon": 1e-12},
+    # as tiny as that, they are not clipped, which would cost a pass over them
+    "mask": {"learning_rate": 0.1, "adam_epsilon": 1e-12, "max_grad_norm": 0.0},
     "projector": {"learning_rate": 1e-3, "adam_epsilon": 1e-8},
 }
 _OURS = {

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from maskft.errors import ModelError
 from maskft.gates import Gate, TopK
-from maskft.linear import Mask, Weight, WeightCache, masked_linear, masked_weight
+from maskft.linear import Mask, ScoreStep, Weight, WeightCache, masked_linear, masked_weight
 from maskft.scores import Layout
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.ranking import GlobalRanking
@@ -44,6 +44,7 @@ class MaskLayer(BaseTunerLayer):
         self.mask_ranking: dict[str, GlobalRanking] = {}
         self.compiled = False
         self.weight_cache: WeightCache | None = None
+        self.score_steps: dict[str, ScoreStep] = {}
         self.awaited: dict[str, Any] = {}  # hooks; see maskft.tuner.packed.await_scores
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -174,7 +175,8 @@ class MaskLayer(BaseTunerLayer):
             ranking = self.mask_ranking.get(adapter_name)
             gate = self.mask_gate[adapter_name] if ranking is None else ranking.gate(self)
         parameters, layout = self.parameters_of(adapter_name), self.mask_layout[adapter_name]
-        return Mask(gate, parameters, layout, self.compiled, self.weight_cache)
+        step = self.score_steps.get(adapter_name)
+        return Mask(gate, parameters, layout, self.compiled, self.weight_cache, step)
 
     def masks(self, adapter_names: list[str]) -> list[Mask]:
         """Masks of several adapters, of those this layer has."""
