@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,9 @@ finally:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_stay_below_a_gigabyte(base: Path, data: Path) -> None:
+def test_a_hundred_thousand_rows_stay_below_a_gigabyte(
+    base: Path, data: Path, record_property: Callable[[str, object], None]
+) -> None:
     for i in range(50):
         png(data / f"{i}.png", (i, 0, 0), size=(64, 48 + i % 4))
     rows = [
@@ -187,4 +190,6 @@ def test_a_hundred_thousand_rows_stay_below_a_gigabyte(base: Path, data: Path) -
     assert (part["rows"], part["flawed_rows"], part["distinct_images"]) == (100_000, 1, 50)
     assert part["seconds_for_665000_rows"] > 0
     peak = int(done.stderr.split()[-1]) * 1024
+    record_property("peak_bytes", peak)
+    record_property("seconds", part["seconds"])
     assert peak < 1e9

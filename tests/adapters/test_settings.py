@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
         ({"layers": [[1]]}, "layers is a value of the wrong type"),
         ({"base_fingerprint": 3}, "base_fingerprint is a value of the wrong type"),
         ({"task_type": "SOMETHING", "inference_mode": "yes"}, "inference_mode is a value of the wrong type"),
+        ({"task_type": "SOMETHING"}, "Invalid task type: 'SOMETHING'"),
         ({"peft_type": "LORA"}, "holds an adapter of method LORA, not MASK"),
         ({"peft_type": ["MASK"]}, "not MASK"),
         ({"temperature": float("nan")}, "temperature is nan; it must be above 0"),

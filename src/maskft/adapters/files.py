@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskft.errors import AdapterError, gathered
+from maskft.errors import AdapterError, UserError, gathered
 from maskft.folders import refuse_existing, staged
 from maskft.gates import Gate
 from maskft.linear import Mask
@@ -66,7 +66,12 @@ class SavedAdapter:
         """
         self.folder = folder
         self.settings = read_settings(folder)
-        self.config: MaskConfig = MaskConfig.from_pretrained(str(folder))
+        try:
+            self.config: MaskConfig = MaskConfig.from_pretrained(str(folder))
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:  # PEFT's own complaints
+            raise AdapterError(f"{folder / CONFIG} cannot be used: {error}") from error
         self.weights = folder / (SCORES if full and (folder / SCORES).is_file() else WEIGHTS)
         try:
             self._file = _opened(self.weights)
@@ -116,6 +121,8 @@ class SavedAdapter:
         if set(parts) != {""}:
             return unpack(parts)
         scores = parts[""]
+        if scores.dim() < 2 or not scores.numel():
+            raise AdapterError(f"has the shape {tuple(scores.shape)}, which no layer's scores have")
         if scores.dtype not in _SCORE_DTYPES or not torch.isfinite(scores).all():
             raise AdapterError("has values that are not finite numbers")
         return scores
