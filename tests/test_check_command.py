@@ -172,7 +172,7 @@ finally:
 
 @pytest.mark.slow
 def test_a_hundred_thousand_rows_stay_below_a_gigabyte(
-    base: Path, data: Path, record_property: Callable[[str, object], None]
+    base: Path, data: Path, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     for i in range(50):
         png(data / f"{i}.png", (i, 0, 0), size=(64, 48 + i % 4))
@@ -190,6 +190,6 @@ def test_a_hundred_thousand_rows_stay_below_a_gigabyte(
     assert (part["rows"], part["flawed_rows"], part["distinct_images"]) == (100_000, 1, 50)
     assert part["seconds_for_665000_rows"] > 0
     peak = int(done.stderr.split()[-1]) * 1024
-    record_property("peak_bytes", peak)
-    record_property("seconds", part["seconds"])
+    record_testsuite_property("peak_bytes", peak)
+    record_testsuite_property("seconds", part["seconds"])
     assert peak < 1e9
