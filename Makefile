@@ -7,7 +7,7 @@ STAMP := .venv/.maskft-setup
 PARTS := requirements/demo-parts.txt
 PINS := requirements/constraints.txt
 
-.PHONY: setup demo test test-slow lint bench stage1 tables
+.PHONY: setup demo test test-slow lint bench stage1 tables audit
 
 setup: $(STAMP)
 
@@ -56,3 +56,9 @@ stage1: setup
 
 tables: setup
 	$(BIN)/python -m maskft.report.results readme studies/quickstart README.md
+
+# Known flaws of the pinned versions, from the Python Package Index; pip-audit has an environment of its own.
+audit:
+	test -x .venv/audit/bin/pip-audit || $(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit
+	.venv/audit/bin/pip-audit --no-deps --disable-pip --requirement $(PINS)

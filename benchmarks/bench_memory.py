@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from common import METHODS, VOCABULARY, Method, append, full, provenance
 
-from maskft.optim import StepInBackward
+from maskft.stepping import StepInBackward
 
 BASE = "base"
 NAMES = [BASE, *(name for name in METHODS if name not in ("HiRA r=16",))]

@@ -15,10 +15,11 @@ FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
+    **dict.fromkeys(("folders", "yamlfile", "checkpoints"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
-    **dict.fromkeys(("tuner", "optim"), 3),
+    **dict.fromkeys(("tuner", "optim", "stepping"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit", "memory"), 4),
-    "runs": 5,
+    **dict.fromkeys(("runs", "inspection", "guard"), 5),
     "trainer": 6,
     "training": 7,
     **dict.fromkeys(("evaluation", "analysis"), 8),

@@ -14,7 +14,8 @@ from maskft import MaskConfig
 from maskft.errors import UserError
 from maskft.linear import plain_masked_linear
 from maskft.memory import MODES, FusedStep, cache_weights, fuse_steps, memory_mode, score_optimizer, use_kernels
-from maskft.optim import ScoreAdamW, StepInBackward
+from maskft.optim import ScoreAdamW
+from maskft.stepping import StepInBackward
 from maskft.tuner import MaskLayer
 
 

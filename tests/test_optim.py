@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from maskft.optim import ScoreAdamW, StepInBackward, round_stochastically
+from maskft.optim import ScoreAdamW, round_stochastically
+from maskft.stepping import StepInBackward
 
 SETTINGS = {"lr": 0.05, "betas": (0.9, 0.95), "eps": 1e-12}
 

@@ -173,7 +173,7 @@ class TestOverrides:
     def test_syntax_errors(self, override: str, message) -> None:
         assert f"'{override}' is not an override; write key=value" in message(DATA, [override])
 
-    @pytest.mark.parametrize("text", ["[1", "a: b: c", "2024-99-99"])
+    @pytest.mark.parametrize("text", ["[1", "a: b: c", "!!timestamp 2024-99-99"])
     def test_value_that_is_not_yaml(self, text: str, message) -> None:
         assert f"the value of 'training.a={text}' is not valid YAML" in message(DATA, [f"training.a={text}"])
 
@@ -270,7 +270,7 @@ class TestFiles:
             load_recipe(tmp_path)
 
     @pytest.mark.parametrize(
-        "text", ["data: [1", "a: b: c", "a: 2024-99-99", "\tdata: x", "!!python/object:os.system {}"]
+        "text", ["data: [1", "a: b: c", "a: !!timestamp 2024-99-99", "\tdata: x", "!!python/object:os.system {}"]
     )
     def test_invalid_yaml(self, text: str, message) -> None:
         assert "is not valid YAML" in message(text)

@@ -42,6 +42,22 @@ class AuditError(UserError):
     """A strict audit found masks that cannot learn."""
 
 
+class Paused(MaskftError):
+    """Training was asked to stop, and did after saving a checkpoint.
+
+    Attributes:
+        step: the last step that was made.
+        steps: how many the recipe asks for.
+        checkpoint: where the state is.
+    """
+
+    def __init__(self, step: int, steps: int, checkpoint: str) -> None:
+        super().__init__(
+            f"paused after step {step} of {steps}, saved in {checkpoint}. The same command goes on from there."
+        )
+        self.step, self.steps, self.checkpoint = step, steps, checkpoint
+
+
 class MissingExtraError(UserError, ImportError):
     """An optional package is not installed."""
 
@@ -61,3 +77,8 @@ def gathered(problems: list[str], limit: int = 10) -> str:
     if len(problems) > limit:
         lines.append(f"  ... and {len(problems) - limit} more")
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which a terminal would obey, as escapes; line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -26,8 +26,9 @@ from maskft.compiling import compiled
 from maskft.errors import UserError, did_you_mean
 from maskft.gates import Gate
 from maskft.linear import Mask, WeightCache, masked_and_gradient, masked_matrix
-from maskft.optim import NUMBERS, ScoreAdamW, StepInBackward, adamw, adamw_8bit
+from maskft.optim import NUMBERS, ScoreAdamW, adamw, adamw_8bit
 from maskft.scores import Dense
+from maskft.stepping import StepInBackward
 from maskft.tuner import MaskLayer
 
 

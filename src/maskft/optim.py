@@ -1,10 +1,8 @@
-"""Optimizers for scores: AdamW whose state takes little memory, and its step made inside the backward pass.
+"""AdamW for scores, whose state takes little memory.
 
 bf16 keeps eight bits, so a score of 1 cannot take a step of 0.003: rounding to nearest returns it to 1, each time.
 `ScoreAdamW` rounds each new score up or down at random, in proportion to what rounding loses, so that scores move by
 the right amount on average. It keeps its moments in fp32 or in 8 bits.
-
-`StepInBackward` lets any optimizer update a parameter as soon as its gradient is there, and frees the gradient.
 
 Moments in 8 bits. Each row has a scale, and an entry is kept as the root of its share of the row's largest, rounded at
 random: m as sign and 127 steps, the root r of the second moment as 255. Entries of a row so span 1 to 1/16,000 and
@@ -163,80 +161,6 @@ class ScoreAdamW(torch.optim.Optimizer):
         )
 
 
-class StepInBackward:
-    """Makes an optimizer's step parameter by parameter inside the backward pass, and frees each gradient at once.
-
-    Gradients then never exist all together, which saves their memory. The price: they cannot be clipped by their
-    common norm, so each tensor is clipped by its own; under Adam this differs only where clipping acts. The
-    optimizer's own `step`, called later as always, finds no gradients and does nothing, so that training loops and
-    schedules need no change. With accumulation `ready` says when a gradient is complete.
-
-    Args:
-        optimizer: any optimizer that treats its parameters one by one.
-        max_norm: largest norm of one tensor's gradient; 0 does not clip.
-        ready: whether the backward pass that runs is the last one of its step; default: always.
-        watch: called with each parameter while it has its gradient.
-
-    Attributes:
-        squared_norms: of the gradients of the last step, before clipping, one per parameter.
-        ended: called when the training loop's own call of `step` ends a step.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        max_norm: float = 0.0,
-        ready: Callable[[], bool] = lambda: True,
-        watch: Callable[[Tensor], None] = lambda parameter: None,
-    ) -> None:
-        self.optimizer, self.max_norm, self.ready, self.watch = optimizer, max_norm, ready, watch
-        self.squared_norms: list[Tensor] = []
-        self.ended: list[Callable[[], None]] = []
-        self._inside = False
-        self._step = type(optimizer).step
-        optimizer.register_step_post_hook(self._step_made)
-        self._groups = {parameter: i for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in self._groups]
-
-    def norm(self) -> Tensor:
-        """Norm of all gradients since the last call, before clipping."""
-        total = torch.stack(self.squared_norms).sum().sqrt() if self.squared_norms else torch.zeros(())
-        self.squared_norms = []
-        return total
-
-    def remove(self) -> None:
-        """Leave the optimizer as it was."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _arrived(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is None or not self.ready():
-            return
-        self.watch(parameter)
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-        self.squared_norms.append(_whole(norm).square())
-        if self.max_norm > 0 and (norm.device.type != "cpu" or norm > self.max_norm):  # elsewhere a look would wait
-            gradient.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.dtype))
-        groups = self.optimizer.param_groups
-        self.optimizer.param_groups = [{**self.group(parameter), "params": [parameter]}]
-        self._inside = True
-        try:
-            self._step(self.optimizer)
-        finally:
-            self.optimizer.param_groups, self._inside = groups, False
-        parameter.grad = None
-
-    def group(self, parameter: Tensor) -> dict[str, Any]:
-        """The optimizer's settings for a parameter."""
-        found: dict[str, Any] = self.optimizer.param_groups[self._groups[parameter]]
-        return found
-
-    def _step_made(self, *_: Any) -> None:
-        for action in () if self._inside else self.ended:
-            action()
-
-
 def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
     """fp32 to bf16, up or down so that with noise drawn evenly from [0, 65536) the mean is the value.
 
@@ -367,8 +291,3 @@ def _local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that FSDP shards."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach()
-
-
-def _whole(scalar: Tensor) -> Tensor:
-    full: Tensor = scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar
-    return full

@@ -5,16 +5,16 @@ maskft train recipes/quickstart.yaml method.gate=soft training.max_steps=50
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from maskft.errors import RecipeError, UserError, did_you_mean, gathered
 from maskft.tuner import MaskConfig
+from maskft.yamlfile import YamlError, dump_yaml, parse_yaml, read_yaml
 
 RELATIVE_STEP = 0.002
 """How much of itself a gate changes per step, if nothing else is said: the published gate at its rate of 0.1."""
@@ -22,37 +22,13 @@ HARD_LEARNING_RATE = 0.1
 """That of hard gates, as published."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and `no` as a word, as YAML 1.2 does."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (typed by the base class)
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML that quotes what `_Loader` would read as a number."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
 def _absolute(path: Path) -> Path:
     """Paths are relative to the folder of the call, and kept whole so that a run can be used from any folder."""
-    return path.expanduser().absolute()
+    return Path(os.path.expanduser(path)).absolute()  # pathlib's raises where there is no such user
 
 
 def _absolute_folder(base: str) -> str:
-    return str(_absolute(Path(base))) if Path(base).expanduser().is_dir() else base
+    return str(_absolute(Path(base))) if os.path.isdir(os.path.expanduser(base)) else base
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -179,8 +155,7 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """The whole recipe with every default written out."""
-        text: str = yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-        return text
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -190,10 +165,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: no such file, not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = read_yaml(path)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:  # also of text that is not UTF-8
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}.")
@@ -242,8 +217,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise RecipeError(f"'{override}' is not an override; write key=value, for example training.max_steps=24.")
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        value = parse_yaml(text)
+    except YamlError as error:
         raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from error
     *sections, last = key.split(".")
     target = content

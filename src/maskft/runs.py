@@ -52,9 +52,20 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_metrics(run: Path) -> dict[str, Any]:
-    """The run's metrics, empty before training has finished."""
+    """The run's metrics, empty before training has finished.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     path = run / METRICS
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not valid JSON: {error}. Remove it and repeat the command that wrote it.") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no object. Remove it and repeat the command that wrote it.")
     return content
 
 

@@ -334,14 +334,14 @@ def _layer_indices(layers: str | Sequence[int], depth: int, part: str) -> set[in
         third = _THIRDS.index(layers)
         return set(range(round(depth * third / 3), round(depth * (third + 1) / 3)))
     if isinstance(layers, str):
-        matches = [re.fullmatch(r"(\d+)(?:-(\d+))?", piece) for piece in layers.replace(" ", "").split(",")]
+        matches = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece) for piece in layers.replace(" ", "").split(",")]
         spans = [range(int(match[1]), int(match[2] or match[1]) + 1) for match in matches if match]
         if len(spans) < len(matches) or not all(spans):
             raise ModelError(
                 f"layers is '{layers}'; it must be 'all', 'first-third', 'middle-third', 'last-third', ranges such "
                 "as '0-3,8', or a list of indices."
             )
-        layers = [i for span in spans for i in span]
+        layers = [i for span in spans for i in span[: depth + 5]]  # enough to name what is outside
     outside = sorted(i for i in set(layers) if not 0 <= i < depth)
     if outside:
         raise ModelError(f"layers names {outside[:5]}, but the {part} part has layers 0 to {depth - 1}.")

@@ -17,9 +17,11 @@ from trl import SFTTrainer
 
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
+from maskft.guard import GuardedTrainer
 from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
-from maskft.optim import ScoreAdamW, StepInBackward
+from maskft.optim import ScoreAdamW
 from maskft.runs import write_json
+from maskft.stepping import StepInBackward
 from maskft.tuner import kept_scores
 
 
@@ -89,7 +91,7 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 """Ways to train in which each process has the whole model."""
 
 
-class LabelledPositionsTrainer(SFTTrainer):
+class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
     """SFTTrainer whose loss on a CPU computes logits only where there is a label.
 
     There, TRL's own loss projects every position on the whole vocabulary in fp32, which is half of a step of a small
@@ -141,9 +143,15 @@ class LabelledPositionsTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         plain = self.args.loss_type == "nll" and self.label_smoother is None and not self.aux_loss_enabled
-        if inputs["labels"].device.type != "cpu" or return_outputs or not plain:
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if inputs["labels"].device.type != "cpu" or not plain:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.in_backward is not None:
+                self.require_number(loss)
+            return loss
         loss = labelled_loss(model, inputs, num_items_in_batch)
+        self.require_number(loss)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which the averaging of gradients divides by
         return loss

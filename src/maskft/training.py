@@ -18,8 +18,10 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from maskft.audit import MaskAudit
+from maskft.checkpoints import clear_away, newest_sound
 from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
+from maskft.guard import CHECKPOINTS, LOCK, Guard
 from maskft.memory import keep_freed_memory
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.runs import (
@@ -39,7 +41,6 @@ from maskft.tuner import attach
 from maskft.tuner.sharding import full_shape, is_first_process, is_sharded, whole
 from maskft.vlm.load import load_model, load_processor
 
-CHECKPOINTS = "checkpoints"
 LOG = "log.json"
 Say = Callable[[str], None]
 
@@ -103,7 +104,7 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
             dataset_kwargs={"skip_prepare_dataset": True},
             **values,
         )
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # SFTConfig raises many kinds on values of the wrong type
         raise RecipeError(f"training: {error}") from error
 
 
@@ -118,8 +119,14 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
 
     Raises:
         RecipeError, DataError, ModelError: what the user gave cannot be used.
-        RunError: `output` holds a run of another recipe.
+        RunError: `output` holds a run of another recipe, is in use or cannot be written, or the loss is no number.
+        Paused: SIGTERM asked for an end; a checkpoint has been saved.
     """
+    with Guard(output, say) as guard:
+        return _train(recipe, output, say, guard)
+
+
+def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, Any]:
     first = is_first_process()
     say = say if first else lambda text: None
     if _finished(recipe, output):
@@ -130,7 +137,8 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
 
     ready.arguments.distributed_state.wait_for_everyone()  # until every process has looked at the folder
     if first:
-        output.mkdir(parents=True, exist_ok=True)
+        guard.claim()
+        _finished(recipe, output)  # another process may have written there meanwhile
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_json(output / "environment.json", environment())
     keep_freed_memory()
@@ -144,12 +152,19 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         audit=MaskAudit(strict=recipe.audit.strict),
         memory=recipe.method.memory if isinstance(recipe.method, MaskMethod) else None,
     )
-    checkpoint = newest_checkpoint(output)
+    guard.watch(trainer)
+    checkpoint, passed_over = newest_sound(output / CHECKPOINTS)
+    ready.arguments.distributed_state.wait_for_everyone()  # until every process has chosen
+    for path, flaw in passed_over.items():
+        say(f"passing over {path}: {flaw}")
+    if first:
+        clear_away(passed_over)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     started = time.monotonic()
     state = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
+    guard.finish(trainer)
 
     _save_result(recipe, trainer.model, output, say)
     trained = {
@@ -174,7 +189,7 @@ def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
         RecipeError, DataError, ModelError: as `train`.
     """
     ready = _prepare(recipe, output, lambda text: None)
-    checkpoint = newest_checkpoint(output)
+    checkpoint, _ = newest_sound(output / CHECKPOINTS)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "output": str(output),
@@ -250,19 +265,13 @@ def _require_validation(arguments: Any, parts: Mapping[str, Any]) -> None:
         )
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint; Trainer writes trainer_state.json last."""
-    found = [path for path in (output / CHECKPOINTS).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
 def _finished(recipe: Recipe, output: Path) -> bool:
     """Whether `output` holds a finished run of this recipe.
 
     Raises:
         RunError: it holds a run of another recipe, or something that isn't a run.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.exists() or (output.is_dir() and not any(path.name != LOCK for path in output.iterdir())):
         return False
     if not output.is_dir() or not (output / RECIPE).is_file():
         raise RunError(f"{output} exists and is not a run folder. Give --output a new folder.")
@@ -315,7 +324,9 @@ def _save_result(recipe: Recipe, model: Any, output: Path, say: Say) -> None:
         from safetensors.torch import save_file
 
         buffers = {name: tensor for name, tensor in trained.state_dict().items() if name not in parameters}
-        save_file({name: t.bfloat16().contiguous() for name, t in {**buffers, **state}.items()}, output / PROJECTOR)
+        part = output / f"{PROJECTOR}.part"
+        save_file({name: t.bfloat16().contiguous() for name, t in {**buffers, **state}.items()}, part)
+        part.replace(output / PROJECTOR)
         return
     staging = output / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)

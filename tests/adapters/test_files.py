@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskft.adapters import files, pack
+from maskft.adapters import pack
 from maskft.adapters.files import SCORES, SavedAdapter, needs_base
 from maskft.errors import AdapterError, RunError, UserError
 from tests.tuner.models import logits, tiny_llama
@@ -210,15 +210,14 @@ class TestRefusals:
             pack(source, tmp_path / "out")
 
 
-@pytest.mark.parametrize("broken", ["save_file", "os.replace", "shutil.copyfile"])
+@pytest.mark.parametrize("broken", ["maskft.adapters.files.save_file", "os.replace", "shutil.copyfile"])
 def test_a_failure_midway_leaves_nothing(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = saved(tmp_path / "source")
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    *module, name = broken.split(".")
-    monkeypatch.setattr(getattr(files, module[0]) if module else files, name, fail)
+    monkeypatch.setattr(broken, fail)
     with pytest.raises(OSError, match="disk full"):
         pack(source, tmp_path / "out", "int4", keep_scores=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -1,12 +1,13 @@
 import hashlib
 import io
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from maskft.data import image_key, open_image
-from maskft.data.images import missing_file
+from maskft.data import image_key, images, open_image
+from maskft.data.images import image_size, missing_file
 from maskft.errors import DataError
 
 from .helpers import png
@@ -110,12 +111,82 @@ def test_empty_truncated_and_foreign_files(tmp_path: Path) -> None:
         open_image(entry(tmp_path))
 
 
-@pytest.mark.parametrize("limit", [1000, 3000])  # above twice the limit Pillow raises, above it only warns
-def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = png(tmp_path / "big.png", size=(64, 64))
+    monkeypatch.setattr(images, "MAX_PIXELS", 4096)
+    assert open_image(entry(path)).size == (64, 64)
+    monkeypatch.setattr(images, "MAX_PIXELS", 4095)
+    for look in (open_image, image_size):
+        with pytest.raises(DataError, match=r"big\.png has more than 4,095 pixels\. Scale"):
+            look(entry(path))
+
+
+@pytest.mark.parametrize("limit", [1000, 3000])  # above twice the limit Pillow raises, above it warns
+def test_pillows_own_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     path = png(tmp_path / "big.png", size=(64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(DataError, match=r"big\.png has more pixels than Pillow decodes safely .*Scale"):
-        open_image(entry(path))
+    if limit == 1000:
+        with pytest.raises(DataError, match=r"big\.png has more than 89,478,485 pixels"):
+            open_image(entry(path))
+    else:
+        assert open_image(entry(path)).size == (64, 64)
+
+
+def test_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = png(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_BYTES", 20)
+    for image in (entry(path), {"path": None, "bytes": path.read_bytes()}):
+        with pytest.raises(DataError, match=r"has more than 20 bytes\. Compress"):
+            open_image(image)
+
+
+def test_pipes_and_devices_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
+        for look in (open_image, image_size, image_key):
+            with pytest.raises(DataError, match=r"cannot be read \(it is no regular file\)"):
+                look(entry(path))
+
+
+def test_formats_that_run_programs_are_refused() -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
+    with pytest.raises(DataError, match=r"cannot be decoded as an image \(unknown format\).*Read are AVIF, BMP"):
+        open_image({"path": None, "bytes": postscript})
+
+
+def test_pixels_without_a_range() -> None:
+    with pytest.raises(DataError, match="embedded image has floating-point pixels"):
+        open_image(encoded(Image.new("F", (2, 2), 0.5), "TIFF"))
+    with pytest.raises(DataError, match="embedded image has 32-bit pixels"):
+        open_image(encoded(Image.new("I", (2, 2), 70_000), "TIFF"))
+    assert open_image(encoded(Image.new("I", (2, 2), 65_535), "TIFF")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bit_colour() -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = b"\0" + struct.pack(">HHH", 65535, 32768, 0)
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixel)) + chunk(b"IEND", b"")
+    assert open_image({"path": None, "bytes": content}).getpixel((0, 0)) == (255, 128, 0)
+
+
+def test_sizes_from_headers(tmp_path: Path) -> None:
+    assert image_size(entry(png(tmp_path / "a.png", size=(8, 6)))) == (8, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(Image.new("RGB", (8, 6)), "JPEG", exif=exif)
+    assert image_size(turned) == open_image(turned).size == (6, 8)
+    assert image_size(encoded(Image.new("RGB", (8, 6)), "JPEG", exif=b"Exif\0\0MMbroken")) == (8, 6)
+    with pytest.raises(DataError, match="does not exist"):
+        image_size(entry(tmp_path / "none.png"))
+    (tmp_path / "zero.png").touch()
+    with pytest.raises(DataError, match="is empty"):
+        image_size(entry(tmp_path / "zero.png"))
 
 
 def test_key_is_the_content_hash(tmp_path: Path) -> None:

@@ -100,6 +100,18 @@ class TestCopies:
     def test_resume(self, recipe: Path, copies: Path) -> None:
         check_resuming("ddp", recipe, copies)
 
+    @pytest.mark.slow
+    def test_pause_together(self, recipe: Path, copies: Path, tmp_path: Path) -> None:
+        overrides = ["training.per_device_train_batch_size=2", "training.use_cpu=true"]
+        done = launch("ddp", "tests.distributed.paused", "train", recipe, *overrides, "--output", tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "paused after step 3 of 10" in done.stderr
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["checkpoint-3"]
+        run_command("ddp", recipe, tmp_path)
+        assert json.loads((tmp_path / "metrics.json").read_text())["train"]["resumed_from_step"] == 3
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / name).read_bytes() == (copies / name).read_bytes()
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])

@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_adapter(tmp_path: Path) -> 
     with subprocess.Popen(_command(killed), stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         for _ in iter(lambda: process.stderr.read(1), ""):  # the bar redraws after every step
-            if (killed / "checkpoints" / "checkpoint-4" / "trainer_state.json").is_file():
+            if (killed / "checkpoints" / "checkpoint-4" / "manifest.json").is_file():
                 break
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL

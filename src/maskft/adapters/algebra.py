@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskft.adapters.export import refuse_existing
-from maskft.adapters.files import staged, write_adapter
+from maskft.adapters.files import write_adapter
 from maskft.adapters.operands import Operands
 from maskft.errors import UserError, did_you_mean
+from maskft.folders import refuse_existing, staged
 from maskft.gates import Centered, Gate, Normalized, Soft
 from maskft.packing import pack_bits
 from maskft.tuner import MaskConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from maskft.errors import RunError
+from maskft.folders import refuse_existing
 from maskft.tuner import merge_in_full_precision
 
 
@@ -54,9 +54,3 @@ def export_merged(model: Any, processor: Any, out: Path, *, probe: Mapping[str, 
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return float(difference)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise RunError where `out` would be overwritten."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} already exists and is not empty. Give another folder, or remove it.")

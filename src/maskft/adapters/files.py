@@ -12,12 +12,10 @@ Packing a folder that has scores.safetensors starts from those.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskft.adapters.export import refuse_existing
-from maskft.errors import AdapterError, gathered
+from maskft.errors import AdapterError, UserError, gathered
+from maskft.folders import refuse_existing, staged
 from maskft.gates import Gate
 from maskft.linear import Mask
 from maskft.packing import Parts, pack_bits, packed_shape, unpack
 from maskft.tuner import MaskConfig, attach_saved
-from maskft.tuner.attach import CONFIG, WEIGHTS, read_settings, unreadable
+from maskft.tuner.attach import unreadable
 from maskft.tuner.packed import mask_offsets, pack_mask, pack_offsets, split_part
+from maskft.tuner.settings import CONFIG, WEIGHTS, read_settings
 
 SCORES = "scores.safetensors"
 """Scores in full, beside packed ones."""
+_SCORE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SavedAdapter:
@@ -68,8 +68,10 @@ class SavedAdapter:
         self.settings = read_settings(folder)
         try:
             self.config: MaskConfig = MaskConfig.from_pretrained(str(folder))
-        except TypeError as error:
-            raise AdapterError(f"{folder / CONFIG} has a value of the wrong type: {error}.") from error
+        except UserError:
+            raise
+        except (TypeError, ValueError) as error:  # PEFT's own complaints
+            raise AdapterError(f"{folder / CONFIG} cannot be used: {error}") from error
         self.weights = folder / (SCORES if full and (folder / SCORES).is_file() else WEIGHTS)
         try:
             self._file = _opened(self.weights)
@@ -119,7 +121,9 @@ class SavedAdapter:
         if set(parts) != {""}:
             return unpack(parts)
         scores = parts[""]
-        if not scores.is_floating_point() or not torch.isfinite(scores).all():
+        if scores.dim() < 2 or not scores.numel():
+            raise AdapterError(f"has the shape {tuple(scores.shape)}, which no layer's scores have")
+        if scores.dtype not in _SCORE_DTYPES or not torch.isfinite(scores).all():
             raise AdapterError("has values that are not finite numbers")
         return scores
 
@@ -212,26 +216,6 @@ def needs_base(source: SavedAdapter, storage: str) -> bool:
     """Whether `pack` has to know the base's weights for this."""
     dense = any(score.endswith(".mask_scores") and not source.packed(score) for score in source.scores)
     return storage == "bits" and source.config.gate == "topk" and source.config.score_layout == "dense" and dense
-
-
-@contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` when the block ends, and vanishes when it fails.
-
-    Raises:
-        RunError: `out` exists and is not empty.
-    """
-    refuse_existing(out)
-    staging = out.with_name(f".{out.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        if out.exists():
-            out.rmdir()
-        os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:

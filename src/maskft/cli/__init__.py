@@ -1,11 +1,11 @@
-"""The command line. Exit codes: 0 done, 2 a user's mistake (one message, no traceback), 1 our fault."""
+"""The command line. Exit codes: 0 done or paused, 2 a user's mistake (one message, no traceback), 1 our fault."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from maskft.errors import UserError
+from maskft.errors import Paused, UserError, printable
 
 
 def main() -> None:
@@ -15,6 +15,8 @@ def main() -> None:
 
     try:
         app()
+    except Paused as pause:
+        print(f"maskft: {pause}", file=sys.stderr)  # noqa: T201
     except UserError as error:
-        print(f"maskft: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"maskft: {error}"), file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None

@@ -53,6 +53,27 @@ def train(
 
 
 @app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; its data and its base's processor are used.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example training.max_length=4096.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=0, help="Decode only so many images of each part; of the others read the headers.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    fix: Annotated[
+        Path | None, typer.Option(help="New folder for copies of the data files without the rows that have flaws.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Check all rows and images of a recipe's data, and list every flaw."""
+    from maskft.cli.check import run
+
+    run(recipe, overrides or [], images=images, workers=workers, fix=fix, as_json=json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         str,

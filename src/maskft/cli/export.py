@@ -10,8 +10,9 @@ from maskft.errors import RunError
 
 def run(folder: Path, out: Path, *, as_json: bool) -> None:
     quiet_libraries()
-    from maskft.adapters.export import export_merged, refuse_existing
+    from maskft.adapters.export import export_merged
     from maskft.data import Collator
+    from maskft.folders import refuse_existing
     from maskft.recipe import MaskMethod
     from maskft.runs import load_data, load_run
 

@@ -23,8 +23,8 @@ def run(
 ) -> None:
     quiet_libraries()
     from maskft.adapters import pack
-    from maskft.adapters.export import refuse_existing
     from maskft.adapters.files import SavedAdapter, needs_base
+    from maskft.folders import refuse_existing
 
     refuse_existing(out)
     source = SavedAdapter(folder, full=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskft.cli.output import notes, print_json, quiet_libraries, result_console
+from maskft.errors import Paused
 from maskft.recipe import MaskMethod, Recipe, load_recipe
 
 
@@ -17,7 +18,13 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
     from maskft.training import train
     from maskft.tuner.sharding import is_first_process
 
-    metrics = train(recipe, output, say=notes.print)
+    try:
+        metrics = train(recipe, output, say=notes.print)
+    except Paused as paused:
+        if as_json and is_first_process():
+            done = {"step": paused.step, "of": paused.steps, "checkpoint": paused.checkpoint}
+            print_json({"run": str(output), "paused": done})
+        raise
     if not is_first_process():
         return
     trained = metrics["train"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
 from maskft.data.collate import IGNORED, Collator
-from maskft.data.images import missing_file, open_image
+from maskft.data.images import image_size, missing_file, open_image
 from maskft.data.schema import IMAGE_MARKER, require_canonical
 from maskft.errors import DataError, gathered
 
@@ -42,26 +42,89 @@ def check(
     require_canonical(dataset)
     if not len(dataset):
         raise DataError("The data set is empty. Give at least one example.")
-    images = _Images()
-    markers = {IMAGE_MARKER, getattr(processor, "image_token", None) or IMAGE_MARKER}
-    collator = Collator(processor) if processor is not None else None
+    inspect = RowChecks(processor, max_length)
     flaws: list[str] = []
     count = text_only = longest = 0
     for row in dataset if progress is None else progress(dataset):
-        found = [*_turn_flaws(row), *_count_flaws(row, markers), *images.flaws(row)]
-        if collator is not None and not found:
-            length, problem = _length(row, collator, max_length)
-            longest = max(longest, length)
-            found = [problem] if problem else []
+        found, length = inspect(row)
+        longest = max(longest, length)
         flaws.extend(f"{row['origin']}: {flaw}" for flaw in found)
         count += len(row["images"])
         text_only += not row["images"]
     if flaws:
         raise DataError(f"The data has {len(flaws)} flaw(s) in {len(dataset)} rows:\n{gathered(flaws)}")
-    return Summary(len(dataset), count, text_only, longest if collator is not None else None)
+    return Summary(len(dataset), count, text_only, longest if processor is not None else None)
 
 
-def _turn_flaws(row: dict[str, Any]) -> Iterator[str]:
+def decoded_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and height in pixels of an image, all of which is decoded. Raises DataError as `open_image`."""
+    return open_image(image).size
+
+
+class RowChecks:
+    """Tells the flaws of one row after another; remembers which images it has decoded.
+
+    Attributes:
+        collator: encodes rows as training does; None without a processor.
+        max_length: limit in tokens.
+        sizes: width and height in pixels of each distinct image that could be read, by `image_name`.
+    """
+
+    def __init__(self, processor: Any = None, max_length: int | None = None) -> None:
+        self.collator = Collator(processor) if processor is not None else None
+        self.max_length = max_length
+        self.sizes: dict[str | bytes, tuple[int, int]] = {}
+        self._markers = {IMAGE_MARKER, getattr(processor, "image_token", None) or IMAGE_MARKER}
+        self._problems: dict[str | bytes, str] = {}
+
+    def __call__(self, row: Mapping[str, Any]) -> tuple[list[str], int]:
+        """The flaws of a canonical row, each with its remedy, and its tokens as training sees it.
+
+        There are 0 tokens without a processor, and for rows with flaws.
+        """
+        found = [*self.form(row), *self._image_flaws(row)]
+        return self.length(row) if not found else (found, 0)
+
+    def form(self, row: Mapping[str, Any]) -> list[str]:
+        """The flaws that show without opening an image."""
+        return [*_turn_flaws(row), *_count_flaws(row, self._markers)]
+
+    def length(self, row: Mapping[str, Any]) -> tuple[list[str], int]:
+        """What is wrong with a row's tokens, and their number."""
+        if self.collator is None:
+            return [], 0
+        length, problem = _length(row, self.collator, self.max_length)
+        return [problem] if problem else [], length
+
+    def headers(self, row: Mapping[str, Any]) -> list[str]:
+        """The flaws that show in the headers of a row's images, whose sizes are remembered."""
+        return [problem for image in row["images"] if (problem := self._image_flaw(image, image_size))]
+
+    def _image_flaws(self, row: Mapping[str, Any]) -> list[str]:
+        return [problem for image in row["images"] if (problem := self._image_flaw(image))]
+
+    def _image_flaw(
+        self, image: Mapping[str, Any], look: Callable[[Mapping[str, Any]], tuple[int, int]] = decoded_size
+    ) -> str | None:
+        key = image_name(image)
+        if key not in self.sizes and key not in self._problems:
+            if image["bytes"] is None and image["path"] and not os.path.isfile(image["path"]):
+                self._problems[key] = missing_file(image["path"])
+            else:
+                try:
+                    self.sizes[key] = look(image)
+                except DataError as error:
+                    self._problems[key] = str(error)
+        return self._problems.get(key)
+
+
+def image_name(image: Mapping[str, Any]) -> str | bytes:
+    """What tells the images of a data set apart without opening files: the path, or the SHA-256 of the content."""
+    content: bytes | None = image["bytes"]
+    return str(image["path"]) if content is None else hashlib.sha256(content).digest()
+
+
+def _turn_flaws(row: Mapping[str, Any]) -> Iterator[str]:
     messages = row["messages"]
     if not messages:
         yield "has no messages. Add a user and an assistant turn, or remove the row."
@@ -88,7 +151,7 @@ def _turn_flaws(row: dict[str, Any]) -> Iterator[str]:
             yield f"turn {number}, the {kind} by {message['role']}, is empty{effect}. Fill it in or remove the row."
 
 
-def _count_flaws(row: dict[str, Any], markers: set[str]) -> Iterator[str]:
+def _count_flaws(row: Mapping[str, Any], markers: set[str]) -> Iterator[str]:
     given, marked = len(row["images"]), 0
     for message in row["messages"]:
         for part in message["content"]:
@@ -110,31 +173,7 @@ def _count_flaws(row: dict[str, Any], markers: set[str]) -> Iterator[str]:
         yield f"has {given} image(s) but {marked} {IMAGE_MARKER} token(s). Make the numbers equal."
 
 
-class _Images:
-    """Decodes each distinct image once and remembers what was wrong with it."""
-
-    def __init__(self) -> None:
-        self._problems: dict[str | bytes, str | None] = {}
-
-    def flaws(self, row: dict[str, Any]) -> list[str]:
-        return [problem for image in row["images"] if (problem := self._problem(image))]
-
-    def _problem(self, image: dict[str, Any]) -> str | None:
-        content, path = image["bytes"], image["path"]
-        key = path if content is None else hashlib.sha256(content).digest()
-        if key not in self._problems:
-            self._problems[key] = None
-            if content is None and path and not os.path.isfile(path):
-                self._problems[key] = missing_file(path)
-            else:
-                try:
-                    open_image(image)
-                except DataError as error:
-                    self._problems[key] = str(error)
-        return self._problems[key]
-
-
-def _length(row: dict[str, Any], collator: Collator, max_length: int | None) -> tuple[int, str | None]:
+def _length(row: Mapping[str, Any], collator: Collator, max_length: int | None) -> tuple[int, str | None]:
     """Return the tokens of a row as training sees it and, if it does not fit, what is lost and the remedy."""
     try:
         batch = collator([row])

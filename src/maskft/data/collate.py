@@ -93,6 +93,23 @@ class Collator:
         self._limit(rows, batch)
         return batch
 
+    def text_length(self, messages: Sequence[Mapping[str, Any]]) -> int:
+        """Tokens of the messages' text, an image counting as what its bare mark in the text does."""
+        text = self.processor.apply_chat_template(
+            [_with_images(messages, [])], chat_template=self._template, tokenize=False
+        )
+        return len(self.processor.tokenizer(text, add_special_tokens=self._adds(text[0]))["input_ids"][0])
+
+    def length_with(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> int:
+        """Tokens of the messages with these opened images."""
+        chat = _with_images(messages, images)
+        return len(self._encode([{"origin": "a blank image"}], [chat], padding_side="right")["input_ids"][0])
+
+    def _adds(self, text: str) -> bool:
+        """Whether the processor puts special tokens around a rendered text; not where it starts with one."""
+        start = self.processor.tokenizer.bos_token
+        return start is None or not text.startswith(start)
+
     def _chat(self, row: Row, messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         """Return the messages with the opened images in their parts."""
         needed = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -102,19 +119,10 @@ class Collator:
                 "Make the numbers equal."
             )
         try:
-            images = iter([open_image(image) for image in row["images"]])
+            images = [open_image(image) for image in row["images"]]
         except DataError as error:
             raise DataError(f"{_origin(row)}: {error}") from error
-        chat = []
-        for message in messages:
-            parts = [
-                {"type": "image", "image": next(images)}
-                if part["type"] == "image"
-                else {"type": "text", "text": part["text"] or ""}
-                for part in message["content"]
-            ]
-            chat.append({"role": message["role"], "content": parts})
-        return chat
+        return _with_images(messages, images)
 
     def _encode(
         self,
@@ -182,6 +190,21 @@ class Collator:
         while stop > start and not self.processor.tokenizer.decode([int(ids[stop - 1])]).strip():
             stop -= 1
         return stop if stop > start and int(ids[stop - 1]) in self._added else end
+
+
+def _with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> list[Message]:
+    """The messages with the opened images in their parts; without any, parts stay empty."""
+    left = iter(images)
+    chat = []
+    for message in messages:
+        parts = [
+            {"type": "image", "image": next(left, None)}
+            if part["type"] == "image"
+            else {"type": "text", "text": part["text"] or ""}
+            for part in message["content"]
+        ]
+        chat.append({"role": message["role"], "content": parts})
+    return chat
 
 
 def _origin(row: Row) -> str:

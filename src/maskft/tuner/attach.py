@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from maskft.errors import AdapterError, ModelError, UserError
 from maskft.tuner.config import MaskConfig
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+from maskft.tuner.settings import CONFIG, WEIGHTS, read_settings
 
 
 def attach(model: Any, config: MaskConfig) -> PeftModel:
@@ -36,30 +34,31 @@ def attach_saved(model: Any, folder: Path) -> PeftModel:
     Raises:
         AdapterError: a file is missing or broken, the adapter is of another method, or it does not fit the model.
     """
-    read_settings(folder)
+    settings = read_settings(folder)
     try:
+        if settings.get("score_layout") == "low-rank":
+            _refuse_other_ranks(folder, settings)
         return PeftModel.from_pretrained(model, folder, is_trainable=False)
     except SafetensorError as error:
         raise unreadable(folder / WEIGHTS, error) from error
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # what PEFT and torch say of tensors that don't fit
+        raise AdapterError(f"{folder} cannot be put on {type(model).__name__}: {error}") from error
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The content of a mask adapter's configuration file.
-
-    Raises:
-        AdapterError: a file is missing or is no JSON object, or the adapter is of another method.
-    """
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder} holds no adapter: {name} is missing. Give the folder of a finished run.")
-    try:
-        settings: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        method = settings.get("peft_type")
-    except (ValueError, AttributeError) as error:
-        raise AdapterError(f"{folder / CONFIG} is not a JSON object: {error}") from error
-    if method != "MASK":
-        raise AdapterError(f"{folder} holds an adapter of method {method}, not MASK.")
-    return settings
+def _refuse_other_ranks(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise AdapterError where low-rank scores are not of the configuration's rank, before any of that are made."""
+    rank = settings.get("rank", MaskConfig.rank)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if ".mask_left" in name]  # noqa: SIM118
+    if not shapes or any(shape[-1:] != [rank] for shape in shapes):
+        raise AdapterError(f"{folder / CONFIG} says that scores have the rank {rank}, and {WEIGHTS} holds others.")
 
 
 def unreadable(path: Path, error: SafetensorError) -> AdapterError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,7 @@ from maskft.errors import UserError, did_you_mean
 from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK
 from maskft.scores import PUBLISHED_STD, Block, Column, Dense, Layout, LowRank, Row
 from maskft.targets import MODULES, SCOPES
+from maskft.tuner.patterns import flaw_of
 from maskft.tuner.register import mask_peft_type
 
 STARTS = (True, False, "random")
@@ -107,7 +108,7 @@ class MaskConfig(PeftConfig):
         problems = []
         if self.gate not in GATES:
             problems.append(f"gate is '{self.gate}'; allowed: {', '.join(GATES)}.{did_you_mean(self.gate, GATES)}")
-        if not 0 < self.temperature < math.inf:
+        if not 0 < self.temperature <= sys.float_info.max:
             problems.append(f"temperature is {self.temperature}; it must be above 0 and finite.")
         if not 0 < self.init_gate < 1:
             problems.append(f"init_gate is {self.init_gate}; it must lie between 0 and 1, both excluded.")
@@ -145,9 +146,14 @@ class MaskConfig(PeftConfig):
                 problems.append(f"`{name}` cannot be used when `target_modules` is a str. Give it a list of names.")
         if self.target_modules is None and self.layers_to_transform is not None and self.layers != "all":
             problems.append("layers and layers_to_transform both choose layers; give one of them.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            given = getattr(self, name)
+            patterns = [given] if isinstance(given, str) else given if name == "layers_pattern" else None
+            flaws = [f"{name} {flaw}." for pattern in patterns or [] if (flaw := flaw_of(pattern))]
+            problems.extend(flaws)
         for name in ("rank", "block_size"):
-            if not getattr(self, name) >= 1:
-                problems.append(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+            if not 1 <= getattr(self, name) < 2**31:
+                problems.append(f"{name} is {getattr(self, name)}; it must be 1 or more, and below 2^31.")
         return problems
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from maskft.errors import MissingExtraError, ModelError
+from maskft.vlm.cache import cache_roots, find_or_choose
 
 IMAGE_SIZE = 112
 PATCH_SIZE = 14
@@ -62,29 +62,23 @@ CHAT_TEMPLATE = """\
 """
 
 
-def cache_root() -> Path:
-    """Folder for composed models: `$MASKFT_CACHE`, else `$XDG_CACHE_HOME/maskft`, else `~/.cache/maskft`."""
-    if root := os.environ.get("MASKFT_CACHE"):
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskft"
-
-
 def embedded_base(*, aligned: bool = True, cache: Path | None = None) -> Path:
     """Return the folder of the embedded base, composing it on the first call (about half a minute).
 
     Args:
         aligned: use the shipped projector; False gives a freshly initialised one, the start of stage 1.
-        cache: folder for composed models; default `cache_root()`.
+        cache: folder for composed models; default the first of `cache_roots()`.
 
     Raises:
         MissingExtraError: a package that holds the weights is not installed.
+        ModelError: no cache folder can be written.
     """
     _require_parts()
-    folder = (cache or cache_root()) / f"smollm2-135m-dinov2-small-{_identity(aligned)}"
+    name = f"smollm2-135m-dinov2-small-{_identity(aligned)}"
+    folder = find_or_choose(name, [cache] if cache else cache_roots())
     if (folder / "config.json").is_file():
         return folder
     logging.getLogger("maskft").info("composing the embedded base, once, in about half a minute: %s", folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".composing-", dir=folder.parent))
     try:
         _compose(staging, aligned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,10 +137,10 @@ def _source(base: str) -> str:
     """What Transformers loads for `base`: a folder that has been found, or a hub id."""
     if base in _EMBEDDED:
         return str(embedded_base(aligned=_EMBEDDED[base]))
-    folder = Path(base).expanduser()
-    if (folder / "config.json").is_file():
+    folder = Path(os.path.expanduser(base))
+    if os.path.isfile(folder / "config.json"):
         return str(folder)
-    if base.count("/") != 1 or base.startswith((".", "~", "/")) or folder.exists():
+    if base.count("/") != 1 or base.startswith((".", "~", "/")) or os.path.exists(folder):
         raise ModelError(
             f"model.base is '{base}', but there is no model there: {folder / 'config.json'} is missing. Give a folder "
             f"written by save_pretrained, a hub id such as 'org/name', or one of {', '.join(_EMBEDDED)}."
