@@ -16,7 +16,7 @@ LEVELS = {
     "errors": 0,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
-    **dict.fromkeys(("tuner", "optim"), 3),
+    **dict.fromkeys(("tuner", "optim", "measures"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit"), 4),
     "runs": 5,
     "trainer": 6,

@@ -171,6 +171,24 @@ def distance(
 
 
 @app.command()
+def inspect(
+    adapters: Annotated[list[Path], typer.Argument(help="Runs, checkpoints or saved adapters.")],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Load the base, to tell by how much the weights change.")
+    ] = False,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Also the rank of the change of each matrix; implies --weights, and is slow.")
+    ] = False,
+    drift: Annotated[bool, typer.Option("--drift", help="Also how far the mask was at each checkpoint.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Show what masks have learnt by layer and module, and how much of it several have in common."""
+    from maskft.cli.inspect import run
+
+    run(adapters, weights=weights or rank, rank=rank, with_drift=drift, as_json=json)
+
+
+@app.command()
 def ask(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(help="An image file.")],
