@@ -18,7 +18,7 @@ LEVELS = {
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "measures"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit"), 4),
-    "runs": 5,
+    **dict.fromkeys(("runs", "mask_stats"), 5),
     "trainer": 6,
     "training": 7,
     **dict.fromkeys(("evaluation", "analysis"), 8),

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
+from maskft.mask_stats import MaskStatistics
 from maskft.optim import StochasticAdamW
 from maskft.runs import write_json
 from maskft.tuner import kept_scores
@@ -32,6 +33,7 @@ def make_trainer(
     audit: MaskAudit,
 ) -> SFTTrainer:
     """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it."""
+    gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
         trainer = LabelledPositionsTrainer(
             model=model,
@@ -40,10 +42,11 @@ def make_trainer(
             train_dataset=parts["train"],
             eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
             processing_class=processor,
-            callbacks=[Watch(log), audit],
+            callbacks=[Watch(log), audit, gates],
             optimizer_cls_and_kwargs=_optimizer(model, arguments),
         )
     trainer.audit = audit
+    gates.trackers = trainer.callback_handler
     _name_layers(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     return trainer
