@@ -23,7 +23,9 @@ LEVELS = {
     "training": 7,
     **dict.fromkeys(("evaluation", "analysis"), 8),
     "studies": 9,
-    **dict.fromkeys(("cli", "app", "report"), 10),
+    "report": 10,
+    "app": 11,
+    "cli": 12,
 }
 PURE = ("gates", "scores", "linear", "fingerprint", "packing")
 HOMES = {
@@ -34,6 +36,7 @@ HOMES = {
     "onnx": {"vlm"},
     "optuna": {"studies"},
     "gradio": {"app"},
+    "jinja2": {"report"},
 }
 
 

@@ -171,6 +171,21 @@ def distance(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or more runs' folders.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page; default RUN/report.html, or report.html for several."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Write one self-contained page about runs: results, curves, masks, answers, settings."""
+    from maskft.cli.report import run
+
+    run(runs, output, as_json=json)
+
+
+@app.command()
 def inspect(
     adapters: Annotated[list[Path], typer.Argument(help="Runs, checkpoints or saved adapters.")],
     weights: Annotated[
