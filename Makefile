@@ -33,8 +33,7 @@ lint: setup
 
 test: lint
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -m "not slow"
-	$(BIN)/coverage combine --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov --cov-report=
 	$(BIN)/coverage report
 
 test-slow: setup

@@ -8,6 +8,13 @@ settings.register_profile("maskft", deadline=None, database=None, derandomize=Tr
 settings.load_profile("maskft")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file share a process, so that fixtures are made once; those that share the embedded base, one too."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in ("embedded", "distributed") else item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -14,10 +14,10 @@ SRC = Path(__file__).parents[1] / "src" / "maskft"
 FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
-    **dict.fromkeys(("gates", "scores", "fingerprint", "packing"), 1),
+    **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "measures"), 3),
-    **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit"), 4),
+    **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit", "memory"), 4),
     **dict.fromkeys(("runs", "mask_stats"), 5),
     "trainer": 6,
     "training": 7,
@@ -27,7 +27,7 @@ LEVELS = {
     "app": 11,
     "cli": 12,
 }
-PURE = ("gates", "scores", "linear", "fingerprint", "packing")
+PURE = ("gates", "scores", "linear", "fingerprint", "packing", "compiling")
 HOMES = {
     "peft": {"tuner"},
     "trl": {"trainer", "training"},

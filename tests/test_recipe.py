@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from maskft.errors import RecipeError
-from maskft.recipe import EasyVqaData, FilesData, MaskMethod, ProjectorMethod, Recipe, load_recipe
+from maskft.recipe import EasyVqaData, FilesData, MaskMethod, ProjectorMethod, Recipe, load_recipe, method_settings
 from maskft.tuner import MaskConfig
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,10 @@ def message(load):
         return str(caught.value)
 
     return _message
+
+
+TRAINING = ("memory", "relative_step")
+"""Keys of the method that say how it is trained, and not what the adapter is."""
 
 
 class TestDefaults:
@@ -71,7 +75,7 @@ class TestDefaults:
             "init_weights": "random",
             "storage": "bits",
         }
-        assert set(fields) | {"name"} == set(MaskMethod.model_fields)
+        assert set(fields) | {"name", *TRAINING} == set(MaskMethod.model_fields)
         config = load(DATA, [f"method.{key}={value}" for key, value in fields.items()]).method.config()
         assert {**{key: getattr(config, key) for key in fields}, "target_modules": ["a", "b"]} == fields
         assert config.target_modules == {"a", "b"}
@@ -282,6 +286,45 @@ class TestFiles:
         assert "must hold a mapping with the keys model, method, data, training, evaluation" in message(text)
 
 
+class TestTrainingOfTheMethod:
+    @pytest.mark.parametrize("memory", ["balanced", "tight"])
+    def test_low_memory_modes_keep_scores_in_bf16(self, load, memory: str) -> None:
+        assert load(DATA, [f"method.memory={memory}"]).method.config().score_dtype == "bfloat16"
+
+    def test_fast_leaves_the_dtype_to_its_key(self, load) -> None:
+        assert load(DATA, ["method.score_dtype=bfloat16"]).method.config().score_dtype == "bfloat16"
+
+    @pytest.mark.parametrize(
+        ("settings", "lr"),
+        [
+            (["method.gate=soft", "method.init_gate=0.98", "method.temperature=1"], 0.1),
+            (["method.gate=soft", "method.init_gate=0.9", "method.temperature=2"], 0.04),
+            (["method.gate=soft", "method.init_gate=0.9", "method.straight_through=true"], 0.02),
+            (["method.gate=normalized", "method.init_gate=0.98"], 0.1),
+            (["method.gate=centered", "method.temperature=0.5"], 0.002),
+        ],
+    )
+    def test_relative_step_sets_the_learning_rate(self, load, settings: list[str], lr: float) -> None:
+        recipe = load(DATA, [*settings, "method.relative_step=0.002"])
+        assert method_settings(recipe) == {"learning_rate": pytest.approx(lr)}
+
+    def test_without_it_nothing_is_set(self, load) -> None:
+        assert method_settings(load(DATA)) == method_settings(load(DATA + "method: {name: projector}")) == {}
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (["method.relative_step=0.1", "training.learning_rate=1"], "both set the learning rate"),
+            (["method.relative_step=0.1", "method.gate=topk"], "no meaning for the gate 'topk'"),
+            (["method.relative_step=0.1", "method.gate=threshold"], "no meaning for the gate 'threshold'"),
+            (["method.memory=tight", "training.optim=sgd"], "training.optim is 'sgd'. Give one of them"),
+        ],
+    )
+    def test_contradictions_are_refused(self, load, settings: list[str], message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            method_settings(load(DATA, settings))
+
+
 def test_recipes_cannot_be_changed(load) -> None:
     recipe = load(DATA)
     with pytest.raises(ValueError, match="frozen"):
@@ -296,5 +339,5 @@ def test_the_schema_names_the_gates_and_fields_of_mask_config() -> None:
     from maskft.tuner.config import GATES, MaskConfig
 
     assert get_args(MaskMethod.model_fields["gate"].annotation) == tuple(GATES)
-    assert set(MaskMethod.model_fields) - {"name"} <= {field.name for field in fields(MaskConfig)}
+    assert set(MaskMethod.model_fields) - {"name", *TRAINING} <= {field.name for field in fields(MaskConfig)}
     assert MaskMethod().config().to_dict() == MaskConfig().to_dict()

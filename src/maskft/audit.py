@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from maskft.errors import AuditError, gathered
-from maskft.gates import Gate
 from maskft.linear import Mask
 from maskft.targets import find_weights
 from maskft.tuner import MaskConfig, MaskLayer
@@ -83,18 +83,41 @@ def start_findings(model: Any, adapter_name: str, config: MaskConfig) -> Iterato
             )
 
 
-def gradient_findings(model: Any, adapter_name: str, epsilon: float | None) -> Iterator[Finding]:
-    """What the gradients of one step tell; `epsilon` is Adam's, where the optimizer has one."""
+@dataclass(frozen=True)
+class Gradient:
+    """What the audit keeps of one tensor's gradient.
+
+    Attributes:
+        any: whether an entry is not zero.
+        finite: whether every entry is.
+        median: of the sizes of at most about a million entries.
+    """
+
+    any: bool
+    finite: bool
+    median: float
+
+
+def summary(gradient: Any) -> Gradient:
+    """The summary of a gradient tensor."""
+    size = whole(gradient).abs()
+    some = size.flatten()[:: max(1, size.numel() // 1_000_000)].float()
+    return Gradient(bool(size.any()), bool(torch.isfinite(size).all()), float(some.median()))
+
+
+def gradient_findings(
+    model: Any, adapter_name: str, epsilon: float | None, seen: Mapping[Tensor, Gradient] = MappingProxyType({})
+) -> Iterator[Finding]:
+    """What the gradients of one step tell; `epsilon` is Adam's, if it has one; `seen` sums up those already gone."""
     without, broken, small = [], [], []
     for name, layer in masked_layers(model, adapter_name).items():
-        gradients = [whole(p.grad) for p in layer.parameters_of(adapter_name) if p.grad is not None]
-        if not any(g.any() for g in gradients):
+        parts = layer.parameters_of(adapter_name)
+        gradients = [seen[p] if p in seen else summary(p.grad) for p in parts if p in seen or p.grad is not None]
+        if not any(g.any for g in gradients):
             without.append(name)
-            continue
-        sizes = [g.abs() for g in gradients]
-        if not all(torch.isfinite(size).all() for size in sizes):
+        elif not all(g.finite for g in gradients):
             broken.append(name)
-        elif epsilon is not None and _median(sizes) < epsilon:
+        elif epsilon is not None and all(g.median < epsilon for g in gradients):
             small.append(name)
     if without:
         yield Finding(
@@ -158,7 +181,7 @@ def flipped_share(model: Any, adapter_name: str) -> float | None:
     flipped = total = 0
     for layer in masked_layers(model, adapter_name).values():
         mask, weight = _whole_mask(layer, adapter_name)
-        if not _is_hard(mask.gate):
+        if not getattr(mask.gate, "hard", False):
             return None
         with torch.no_grad():
             offset = mask.offset(weight)
@@ -184,6 +207,12 @@ class MaskAudit(TrainerCallback):
         self._first = True
         self._compared = False
         self._before: dict[str, tuple[float, ...]] = {}
+        self._seen: dict[Tensor, Gradient] = {}
+
+    def see_gradient(self, parameter: Tensor) -> None:
+        """Look at a gradient that will be gone when the first step ends."""
+        if self._first and parameter.grad is not None:
+            self._seen[parameter] = summary(parameter.grad)
 
     def report(self, findings: Iterable[Finding]) -> None:
         """Warn of findings, or raise."""
@@ -229,7 +258,8 @@ class MaskAudit(TrainerCallback):
         epsilon = getattr(optimizer, "param_groups", [{}])[0].get("eps")
         for name, _ in _active(model):
             if _gradients_are_whole(model, name):
-                self.report(gradient_findings(model, name, epsilon))
+                self.report(gradient_findings(model, name, epsilon, self._seen))
+        self._seen = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self._first:
@@ -303,24 +333,13 @@ def _whole_mask(layer: MaskLayer, adapter_name: str) -> tuple[Mask, Tensor]:
     return replace(mask, parameters=tuple(whole(p) for p in mask.parameters)), layer.matrix(whole_weight(layer))
 
 
-def _median(sizes: list[Tensor]) -> float:
-    """Median over all entries, of at most about a million of them."""
-    flat = torch.cat([size.flatten()[:: max(1, size.numel() // 1_000_000)] for size in sizes])
-    return float(flat.float().median())
-
-
 def _saturated_share(layer: MaskLayer, adapter_name: str) -> float:
     """Share of gates near an end of their range; 0 for hard gates, which are always there."""
     mask, weight = _whole_mask(layer, adapter_name)
-    if _is_hard(mask.gate):
+    if getattr(mask.gate, "hard", False):
         return 0.0
     with torch.no_grad():
         offset = mask.offset(weight)
         value = mask.gate.value(offset, weight)
         top = float(mask.gate.value(torch.full((1, 1), math.inf), torch.ones(1, 1)))
         return float(((value < SATURATED * top) | (value > (1 - SATURATED) * top)).float().mean())
-
-
-def _is_hard(gate: Gate) -> bool:
-    """Whether the gate's values are 0 and 1 alone."""
-    return getattr(gate, "hard", False)

@@ -17,7 +17,8 @@ mask is made of |S|, that is sign(S).
 [1] "Rethinking Fine-Tuning: Unlocking Hidden Capabilities in Vision-Language Models", arXiv 2512.23073. Ranking by
     matrix, the factor sign(S) and random starts follow the code of its predecessor, arXiv 2503.22764.
 
-All functions take offsets and weights of one shape, (..., out, in), and compute in the dtype of `offset`.
+All functions take offsets and weights of one shape, (..., out, in), and compute in the dtype of `offset`. A gate with
+`elementwise = True` looks at each entry alone, and may be compiled into one pass over the tensors.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Soft:
     temperature: float = 1.0
     straight_through: bool = False
     identity_at_start = False
+    elementwise = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return torch.sigmoid(offset / self.temperature + _logit(self.init_gate))
@@ -87,6 +89,7 @@ class Normalized:
     temperature: float = 1.0
     straight_through: bool = False
     identity_at_start = True
+    elementwise = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         decay = torch.expm1(offset / -self.temperature)
@@ -107,6 +110,7 @@ class Centered:
     temperature: float = 1.0
     straight_through: bool = False
     identity_at_start = True
+    elementwise = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return torch.tanh(offset / (2 * self.temperature)).add_(1)
@@ -215,6 +219,7 @@ class Threshold:
     init_gate: float
     temperature: float = 1.0
     identity_at_start = True
+    elementwise = True
     hard = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:

@@ -8,23 +8,66 @@ in fp32 (or in the dtype of the scores or W, if wider), since bf16 cannot tell 0
 rounded once, to the dtype of x.
 
 A quantised W is given as a function that returns it in full; it is called anew in backward and never kept.
+
+With `Mask.compiled` gate, product and gradient are one pass over W and the scores each, instead of one per operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskft.compiling import compiled
 from maskft.gates import Gate
 from maskft.scores import Dense, Layout, Parameters
 
 DENSE = Dense()
 Weight = Tensor | Callable[[], Tensor]
+
+
+class ScoreStep(Protocol):
+    """Updates scores in the backward pass from the gradient of the masked weight."""
+
+    def takes(self) -> bool:
+        """Whether it makes the step of this backward pass."""
+        ...
+
+    def __call__(self, mask: Mask, weight: Tensor, dmasked: Tensor) -> Tensor:
+        """Make it.
+
+        Args:
+            mask: with dense scores (out, in), which are changed in place.
+            weight: W (out, in).
+            dmasked: dL/dW' (out, in).
+
+        Returns:
+            W' of the scores before the step, in the dtype of `dmasked`.
+        """
+        ...
+
+
+class WeightCache:
+    """A masked weight, kept for as long as its scores stay as they are.
+
+    Whoever changes scores must see to it that autograd counts it: fused optimizers don't, see
+    `maskft.memory.cache_weights`.
+    """
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._kept: Tensor | None = None
+
+    def get(self, mask: Mask, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W' of this mask, in `dtype`."""
+        state = [(p.data_ptr(), p._version) for p in (weight, *mask.parameters)]
+        if self._kept is None or self._key != (mask.gate, dtype, state):
+            self._key, self._kept = (mask.gate, dtype, state), _masked(mask, weight, dtype)
+        return self._kept
 
 
 @dataclass(frozen=True)
@@ -35,11 +78,26 @@ class Mask:
         gate: what turns offsets into m.
         parameters: the learnt scores.
         layout: what turns the scores into offsets D.
+        compiled: compute by compiled code, where the gate looks at each entry alone.
+        cache: keeps the masked weight until the scores change.
+        step: makes the optimizer's step on the scores inside the backward pass, in place of a gradient.
     """
 
     gate: Gate
     parameters: Parameters
     layout: Layout = DENSE
+    compiled: bool = False
+    cache: WeightCache | None = None
+    step: ScoreStep | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether the compiled code serves this mask."""
+        return self.compiled and getattr(self.gate, "elementwise", False)
+
+    def raw_offset(self, weight: Tensor) -> Tensor:
+        """D, in the dtype it is kept in."""
+        return self.parameters[0] if isinstance(self.layout, Dense) else self.offset(weight)
 
     def offset(self, weight: Tensor) -> Tensor:
         """D, in the dtype to compute the gate in; not to be changed in place."""
@@ -72,7 +130,7 @@ def masked_linear(x: Tensor, weight: Weight, bias: Tensor | None, masks: Sequenc
         masked = masked_weight(weight, masks).to(x.dtype)
         return F.linear(x, _ordered(masked, weight) if isinstance(weight, Tensor) else masked, _like(bias, x))
     mask = masks[0]
-    y: Tensor = _MaskedLinear.apply(x, weight, bias, mask.gate, mask.layout, *mask.parameters)  # type: ignore[no-untyped-call]
+    y: Tensor = _MaskedLinear.apply(x, weight, bias, replace(mask, parameters=()), *mask.parameters)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -131,32 +189,99 @@ class _Masked(torch.autograd.Function):
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, gate: Gate, layout: Layout, *parameters: Tensor
-    ) -> Tensor:
-        ctx.kept, ctx.gate, ctx.layout = isinstance(weight, Tensor), gate, layout
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, mask: Mask, *parameters: Tensor) -> Tensor:
+        ctx.kept, ctx.mask = isinstance(weight, Tensor), mask
         ctx.weight = None if ctx.kept else weight
         ctx.save_for_backward(x, *([weight] if isinstance(weight, Tensor) else []), *parameters)
         frozen = weight if isinstance(weight, Tensor) else weight()
-        masked = gate.value(Mask(gate, parameters, layout).offset(frozen), frozen).mul_(frozen)
+        mask = replace(mask, parameters=parameters)
+        masked = _masked(mask, frozen, x.dtype) if mask.cache is None else mask.cache.get(mask, frozen, x.dtype)
         # data: of more than two dimensions the result is a view, which callers could not change in place
-        return F.linear(x, _ordered(masked.to(x.dtype), frozen), _like(bias, x)).data
+        return F.linear(x, _ordered(masked, frozen), _like(bias, x)).data
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         weight = parameters.pop(0) if ctx.kept else ctx.weight()
-        mask = Mask(ctx.gate, tuple(parameters), ctx.layout)
-        dy, offset = grads[0], mask.offset(weight)
-        m = mask.gate.value(offset, weight)
-        dx = None
+        mask, dy = replace(ctx.mask, parameters=tuple(parameters)), grads[0]
+        masked = None if mask.cache is None else mask.cache.get(mask, weight, dy.dtype)
         scores: list[Tensor | None] = [None] * len(parameters)
-        if any(ctx.needs_input_grad[5:]):
+        if any(ctx.needs_input_grad[4:]):
             dmasked = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
-            scores = [*mask.gradients(offset, weight, m, weight, dmasked)]
+            if mask.step is not None and mask.step.takes():
+                masked = mask.step(mask, weight, dmasked)
+            else:
+                masked, gradients = _masked_and_gradients(mask, weight, dmasked, masked)
+                scores = [*gradients]
+        dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ m.mul_(weight).to(dy.dtype)
-        return dx, None, None, None, None, *scores
+            dx = dy @ (_masked(mask, weight, dy.dtype) if masked is None else masked)
+        return dx, None, None, None, *scores
+
+
+def _masked(mask: Mask, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' in `dtype`."""
+    if mask.fused:
+        flat, offset = _flat(weight, mask.raw_offset(weight))
+        return _product(flat, offset, mask.gate, dtype).view(weight.shape)
+    return mask.gate.value(mask.offset(weight), weight).mul_(weight).to(dtype)
+
+
+def _masked_and_gradients(
+    mask: Mask, weight: Tensor, dmasked: Tensor, masked: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """W' in the dtype of its gradient `dmasked`, if it isn't given, and the gradients of the parameters."""
+    if not mask.fused:
+        offset = mask.offset(weight)
+        m = mask.gate.value(offset, weight)
+        gradients = mask.gradients(offset, weight, m, weight, dmasked)
+        return m.mul_(weight).to(dmasked.dtype) if masked is None else masked, gradients
+    dflat, flat, offset = _flat(dmasked, weight, mask.raw_offset(weight))
+    if masked is None:
+        masked, doffset = _product_and_gradient(dflat, flat, offset, mask.gate)
+    else:
+        doffset = _gradient(dflat, flat, offset, mask.gate)
+    return masked.view(weight.shape), [*mask.layout.gradients(doffset.view(weight.shape), mask.parameters)]
+
+
+@compiled
+def _product(weight: Tensor, offset: Tensor, gate: Gate, dtype: torch.dtype) -> Tensor:
+    """W * m(D), rounded once."""
+    return (gate.value(_wide(offset, weight), weight) * weight).to(dtype)
+
+
+@compiled
+def _gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: Gate) -> Tensor:
+    """dL/dD, in the dtype of D; in the memory of dL/dW' where that has the same dtype."""
+    return _into(dmasked, (gate.derivative(_wide(offset, weight), weight) * weight * dmasked).to(offset.dtype))
+
+
+@compiled
+def _product_and_gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """Both of the above; W' in the dtype of dL/dW'."""
+    masked, doffset = masked_and_gradient(dmasked, weight, offset, gate)
+    return masked, _into(dmasked, doffset.to(offset.dtype))
+
+
+def masked_and_gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    """W' in the dtype of its gradient dL/dW', and dL/dD in that of the gate; all of one shape."""
+    wide = _wide(offset, weight)
+    m = gate.value(wide, weight)
+    return (m * weight).to(dmasked.dtype), gate.derivative(wide, weight, m) * weight * dmasked
+
+
+def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as vectors, so that code compiled for one shape serves all, where they lie alike in memory."""
+    return tuple(t.view(-1) for t in tensors) if all(t.is_contiguous() for t in tensors) else tensors
+
+
+def _wide(offset: Tensor, weight: Tensor) -> Tensor:
+    """D in the dtype to compute gates in."""
+    return offset.to(torch.float64 if torch.float64 in (offset.dtype, weight.dtype) else torch.float32)
+
+
+def _into(buffer: Tensor, value: Tensor) -> Tensor:
+    return buffer.copy_(value) if buffer.dtype == value.dtype else value
 
 
 def _ordered(masked: Tensor, weight: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class MaskMethod(_Section):
     rank: int = MaskConfig.rank
     block_size: int = MaskConfig.block_size
     score_dtype: Literal["float32", "bfloat16"] = MaskConfig.score_dtype  # type: ignore[assignment]
+    memory: Literal["fast", "balanced", "tight"] = "fast"
+    """How much memory training takes: docs/performance.md. The last two keep scores in bfloat16."""
+    relative_step: Annotated[float, Field(gt=0)] | None = None
+    """How much of itself a gate changes per step at the start; sets training.learning_rate."""
     scope: list[Literal["language", "projector", "vision"]] = ["language", "projector"]
     modules: Literal["attn", "mlp", "both"] = MaskConfig.modules  # type: ignore[assignment]
     layers: str | list[int] = "all"
@@ -95,7 +99,10 @@ class MaskMethod(_Section):
 
     def config(self) -> MaskConfig:
         """The adapter's configuration."""
-        return MaskConfig(**self.model_dump(exclude={"name"}))
+        fields = self.model_dump(exclude={"name", "memory", "relative_step"})
+        if self.memory != "fast":
+            fields["score_dtype"] = "bfloat16"
+        return MaskConfig(**fields)
 
 
 class ProjectorMethod(_Section):
@@ -197,6 +204,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except UserError as error:
         raise RecipeError(f"{path}: {error}") from error
     return recipe
+
+
+def method_settings(recipe: Recipe) -> dict[str, Any]:
+    """Fields of `training` that follow from the method's own keys.
+
+    Raises:
+        RecipeError: `training` says otherwise.
+    """
+    method = recipe.method
+    if not isinstance(method, MaskMethod):
+        return {}
+    if method.memory != "fast" and "optim" in recipe.training:
+        raise RecipeError(
+            f"method.memory is '{method.memory}', which brings an optimizer of its own, but training.optim is "
+            f"'{recipe.training['optim']}'. Give one of them."
+        )
+    if method.relative_step is None:
+        return {}
+    if "learning_rate" in recipe.training:
+        raise RecipeError("method.relative_step and training.learning_rate both set the learning rate. Give one.")
+    try:
+        return {"learning_rate": method.config().learning_rate(method.relative_step)}
+    except UserError as error:
+        raise RecipeError(str(error)) from error
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

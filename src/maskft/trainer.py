@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -17,7 +18,8 @@ from trl import SFTTrainer
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.mask_stats import MaskStatistics
-from maskft.optim import StochasticAdamW
+from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
+from maskft.optim import ScoreAdamW, StepInBackward
 from maskft.runs import write_json
 from maskft.tuner import kept_scores
 
@@ -31,8 +33,12 @@ def make_trainer(
     parts: Mapping[str, Any],
     log: Path,
     audit: MaskAudit,
+    memory: str | None = None,
 ) -> SFTTrainer:
-    """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it."""
+    """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it.
+
+    `memory` is a mode of `maskft.memory` for the scores; None where the model has none.
+    """
     gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
         trainer = LabelledPositionsTrainer(
@@ -43,10 +49,12 @@ def make_trainer(
             eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
             processing_class=processor,
             callbacks=[Watch(log), audit, gates],
-            optimizer_cls_and_kwargs=_optimizer(model, arguments),
+            optimizer_cls_and_kwargs=_optimizer(model, arguments, memory),
         )
-    trainer.audit = audit
+    trainer.audit, trainer.memory = audit, memory
     gates.trackers = trainer.callback_handler
+    if memory and trainer.accelerator.distributed_type in _WHOLE:
+        use_kernels(model)
     _name_layers(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout
     return trainer
@@ -63,12 +71,25 @@ def _name_layers(trainer: SFTTrainer) -> None:
         plugin.transformer_cls_names_to_wrap = sorted(there & set(trainer.model._no_split_modules or ()))
 
 
-def _optimizer(model: Any, arguments: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Stochastic rounding for scores in bf16, which small steps would not move otherwise; else Trainer's own choice."""
-    if not any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters()):
+def _optimizer(
+    model: Any, arguments: Any, memory: str | None
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """`ScoreAdamW` where scores are in bf16, which small steps would not move otherwise, or where the recipe names no
+    optimizer and the whole model is here; else Trainer's own choice."""
+    bf16 = any(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+    whole = memory and arguments.distributed_state.distributed_type in _WHOLE
+    if not bf16 and not (whole and arguments.optim == "adamw_torch_fused" and not arguments.optim_args):
         return None
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return StochasticAdamW, {"lr": arguments.learning_rate, "betas": betas, "eps": arguments.adam_epsilon}
+    return ScoreAdamW, {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "moments": memory_mode(memory).moments if memory else "float32",
+    }
+
+
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Ways to train in which each process has the whole model."""
 
 
 class LabelledPositionsTrainer(SFTTrainer):
@@ -77,11 +98,41 @@ class LabelledPositionsTrainer(SFTTrainer):
     There, TRL's own loss projects every position on the whole vocabulary in fp32, which is half of a step of a small
     model. Elsewhere, and for losses other than the plain one, TRL's code runs.
 
+    Scores are updated inside the backward pass where their memory mode says so and one process trains.
+
     Attributes:
         audit: told the loss of the first batch and the base's on it, where the gates don't start at 1.
+        memory: the scores' memory mode, if any.
+        in_backward: makes the optimizer's steps, where that is done inside the backward pass.
     """
 
     audit: MaskAudit
+    memory: str | None = None
+    in_backward: StepInBackward | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if not self.memory or self.accelerator.distributed_type not in _WHOLE:
+            return optimizer
+        if self.memory == "fast" and self.args.gradient_accumulation_steps > 1:
+            cache_weights(self.model, optimizer)
+        alone = self.accelerator.distributed_type == DistributedType.NO and not self.args.fp16  # fp16 scales gradients
+        if memory_mode(self.memory).step_in_backward and alone and self.in_backward is None:
+            state = self.accelerator.gradient_state
+            self.in_backward = StepInBackward(
+                optimizer, self.args.max_grad_norm, lambda: bool(state.sync_gradients), self.audit.see_gradient
+            )
+            fuse_steps(self.model, self.in_backward)
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """The norm of the gradients that were used in the backward pass, each clipped there; else as Trainer's."""
+        return super()._clip_grad_norm(model) if self.in_backward is None else self.in_backward.norm()
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.in_backward is not None:
+            return self.in_backward.norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self.state.global_step == 0 and self.audit.wants_base_loss(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import shutil
@@ -21,7 +20,8 @@ from trl import SFTConfig
 from maskft.audit import MaskAudit
 from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
-from maskft.recipe import MaskMethod, Recipe
+from maskft.memory import keep_freed_memory
+from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.runs import (
     PROJECTOR,
     RECIPE,
@@ -54,7 +54,8 @@ _DEFAULTS: dict[str, Any] = {
 }
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     # score gradients carry a factor |W| m0 (1 - m0), about 4e-4, and Adam's usual eps of 1e-8 would damp them
-    "mask": {"learning_rate": 0.1, "adam_epsilon": 1e-12},
+    # as tiny as that, they are not clipped, which would cost a pass over them
+    "mask": {"learning_rate": 0.1, "adam_epsilon": 1e-12, "max_grad_norm": 0.0},
     "projector": {"learning_rate": 1e-3, "adam_epsilon": 1e-8},
 }
 _OURS = {
@@ -88,7 +89,8 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
         "fp16": recipe.model.dtype == "float16",
         "use_cpu": not torch.accelerator.is_available(),
     }
-    values = {**_DEFAULTS, **_METHOD_DEFAULTS[recipe.method.name], **computed, **recipe.training}
+    chosen = {**method_settings(recipe), **recipe.training}
+    values = {**_DEFAULTS, **_METHOD_DEFAULTS[recipe.method.name], **computed, **chosen}
     try:
         return SFTConfig(
             output_dir=str(output / CHECKPOINTS),
@@ -126,7 +128,7 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         output.mkdir(parents=True, exist_ok=True)
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_json(output / "environment.json", environment())
-    _keep_freed_memory()
+    keep_freed_memory()
     trainer = make_trainer(
         ready.model,
         ready.arguments,
@@ -135,6 +137,7 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         parts=ready.parts,
         log=output / LOG,
         audit=MaskAudit(strict=recipe.audit.strict),
+        memory=recipe.method.memory if isinstance(recipe.method, MaskMethod) else None,
     )
     checkpoint = newest_checkpoint(output)
     if checkpoint is not None:
@@ -326,12 +329,3 @@ def _save_result(recipe: Recipe, model: Any, output: Path, say: Say) -> None:
 def _kept(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, in the process that writes; in others nothing, since they share the machine's memory."""
     return tensor.cpu() if is_first_process() else tensor.new_empty(0)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory. By default it hands every large tensor back to the kernel, and the page faults of
-    the next one cost a fifth of a training step on a CPU. Without effect elsewhere."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
-        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
-            libc.mallopt(option, size)

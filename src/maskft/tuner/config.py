@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -156,6 +156,28 @@ class MaskConfig(PeftConfig):
     def make_gate(self) -> Gate:
         """The gate these fields describe."""
         return GATES[self.gate](self)
+
+    def learning_rate(self, relative_step: float) -> float:
+        """The learning rate at which Adam changes each gate by about `relative_step` of itself per step, at the start.
+
+        Adam moves a score by about the learning rate, which changes the gate by its exact derivative, whichever
+        derivative trains it: relative_step = lr m'(0) / m(0). For the published gate that is lr (1 - m0) / T.
+
+        Raises:
+            UserError: the gate is hard, or its start has no slope.
+        """
+        gate = self.make_gate()
+        exact = replace(gate, straight_through=False) if hasattr(gate, "straight_through") else gate  # type: ignore[type-var]
+        start = torch.zeros(1, 1, dtype=torch.float64)
+        slope = 0.0
+        if not getattr(gate, "hard", False):
+            slope = float(exact.derivative(start, start) / exact.value(start, start))
+        if not slope > 0:
+            raise UserError(
+                f"relative_step has no meaning for the gate '{self.gate}', which has no slope at its start. Set "
+                "training.learning_rate."
+            )
+        return relative_step / slope
 
     def make_layout(self) -> Layout:
         """How the scores are kept."""

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D as TransposedLinear
 
 from maskft.errors import ModelError
 from maskft.gates import Gate, TopK
-from maskft.linear import Mask, Weight, masked_linear, masked_weight
+from maskft.linear import Mask, ScoreStep, Weight, WeightCache, masked_linear, masked_weight
 from maskft.scores import Layout
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.ranking import GlobalRanking
@@ -42,6 +42,9 @@ class MaskLayer(BaseTunerLayer):
         self.mask_gate: dict[str, Gate] = {}
         self.mask_layout: dict[str, Layout] = {}
         self.mask_ranking: dict[str, GlobalRanking] = {}
+        self.compiled = False
+        self.weight_cache: WeightCache | None = None
+        self.score_steps: dict[str, ScoreStep] = {}
         self.awaited: dict[str, Any] = {}  # hooks; see maskft.tuner.packed.await_scores
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -157,6 +160,11 @@ class MaskLayer(BaseTunerLayer):
         names = [f"mask_{name}" for name in self.mask_layout[adapter_name].names]
         return [(name, getattr(self, name)[adapter_name]) for name in names]
 
+    def scores(self) -> Iterator[nn.Parameter]:
+        """Scores of all adapters."""
+        for name in self.mask_layout:
+            yield from self.parameters_of(name)
+
     def parameters_of(self, adapter_name: str) -> tuple[nn.Parameter, ...]:
         """The adapter's scores, in the order of its layout."""
         return tuple(scores for _, scores in self.named_scores(adapter_name))
@@ -166,7 +174,9 @@ class MaskLayer(BaseTunerLayer):
         if gate is None:
             ranking = self.mask_ranking.get(adapter_name)
             gate = self.mask_gate[adapter_name] if ranking is None else ranking.gate(self)
-        return Mask(gate, self.parameters_of(adapter_name), self.mask_layout[adapter_name])
+        parameters, layout = self.parameters_of(adapter_name), self.mask_layout[adapter_name]
+        step = self.score_steps.get(adapter_name)
+        return Mask(gate, parameters, layout, self.compiled, self.weight_cache, step)
 
     def masks(self, adapter_names: list[str]) -> list[Mask]:
         """Masks of several adapters, of those this layer has."""
