@@ -118,6 +118,7 @@ class MaskStatistics(TrainerCallback):
         self.records: list[Record] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model = _unwrapped(model)
         active = _active(model)
         if active is None:
             return
@@ -178,10 +179,15 @@ class MaskStatistics(TrainerCallback):
         return records
 
 
-def _active(model: Any) -> tuple[str, MaskConfig] | None:
-    """The first active mask adapter of a model, however it is wrapped, and its configuration."""
+def _unwrapped(model: Any) -> Any:
+    """The PEFT model inside what trains it on many machines."""
     while hasattr(model, "module"):
         model = model.module
+    return model
+
+
+def _active(model: Any) -> tuple[str, MaskConfig] | None:
+    """The first active mask adapter of a model, and its configuration."""
     configs = getattr(model, "peft_config", {})
     if not configs:
         return None

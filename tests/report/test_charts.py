@@ -31,7 +31,7 @@ def test_ticks_span_what_is_shown() -> None:
 def test_lines() -> None:
     chart = line_chart("Loss", {"a<b": [(0, 1.0), (10, 0.0)]}, x="step", y="nats")
     points = re.findall(r'points="([^"]*)"', chart)
-    assert points == ["52.0,10.0 428.0,212.0"]  # corners of the frame
+    assert points == ["52.0,10.0 416.0,212.0"]  # corners of the frame
     assert "a&lt;b: 1 to 0" in chart
     assert "a<b" not in chart
     assert line_chart("Loss", {"a": []}, x="step", y="nats") == ""
@@ -80,6 +80,12 @@ def test_matrix() -> None:
     assert ">45</text>" not in many
     assert "one run" in matrix("Overlap", ["a"], {(0, 0): 1.0})
     assert matrix("Overlap", [], {}) == ""
+
+
+def test_large_numbers_are_short() -> None:
+    chart = histogram("Gates", [1, 5_000_000], 1.0, x="gate")
+    assert ">1M<" in chart
+    assert ">10<" in chart
 
 
 def test_shortened() -> None:

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from maskft.measures import colour
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 10, 38
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, told apart with any colour vision; dashes tell further lines apart."""
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
@@ -93,13 +93,13 @@ def heat_map(
     """Values by row and column as colours from 0 (dark) to `top` (light), with a scale beneath."""
     if not cells:
         return Markup()
-    left, step = 104, 18
+    left, step = 122, 18
     wide = min((WIDTH - RIGHT - left) / len(columns), 40.0)
     bottom = TOP + step * len(rows)
     parts = []
     for number, name in enumerate(rows):
         y = TOP + step * (number + 0.5) + 4
-        parts.append(f'<text x="{left - 6}" y="{y:.1f}" text-anchor="end">{escape(shortened(name, 16))}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y:.1f}" text-anchor="end">{escape(shortened(name, 20))}</text>')
     every = max(1, math.ceil(24 / wide))
     for number, name in enumerate(columns[::every]):
         at = left + wide * (number * every + 0.5)
@@ -264,7 +264,10 @@ def _picture(title: str, description: str, parts: Sequence[str], height: float =
 def _number(value: float, share: bool) -> str:
     if share:
         return f"{100 * value:.4g} %"
-    return f"{value:,.0f}" if abs(value) >= 1000 and value == round(value) else f"{value:.4g}"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
 
 
 def _hex(share: float) -> str:

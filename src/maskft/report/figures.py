@@ -40,12 +40,14 @@ class Figure:
 def results(runs: Sequence[RunView]) -> Figure | None:
     """Scores on the held-out questions with their 95 % intervals."""
     bars, rows = [], []
+    seen: list[dict[str, Any]] = []  # runs of one base share its score
     for run in runs:
         found = run.metrics if run.split == "test" else run.metrics.get(run.split, {})
         for side in ("base", "blind", "tuned"):
-            if side not in found or (len(runs) > 1 and side == "blind" and run is not runs[0]):
+            if side not in found or (side != "tuned" and found[side] in seen):
                 continue
             score = found[side]
+            seen.append(score)
             name = {"base": "base", "blind": "guess without image", "tuned": "tuned"}[side]
             low, high = (score.get(f"by_image_{end}") for end in ("low", "high"))
             by_image = low is not None and high is not None

@@ -14,7 +14,7 @@ from maskft import __version__
 from maskft.errors import RunError
 from maskft.report import figures
 from maskft.report.charts import shortened
-from maskft.report.gallery import KINDS, examples
+from maskft.report.gallery import KINDS, Example, examples
 from maskft.report.gather import RunView, flat, gather, settings
 from maskft.runs import write_atomically
 
@@ -59,7 +59,6 @@ def render(runs: Sequence[RunView]) -> str:
         drifts=[*figures.drifts(runs), *(_by_module(runs[0]) if len(runs) == 1 else [])],
         overlap=overlap,
         remarks=remarks,
-        kinds=KINDS,
         costs=_costs(runs),
         common={key: _text(value) for key, value in common.items()},
         differing=bool(differing),
@@ -77,10 +76,15 @@ def _run(run: RunView, each: int) -> dict[str, Any]:
         "split": run.split,
         "heat": figures.heat(run),
         "gates": figures.gates(run),
-        "examples": examples(run.answers, run.recipe.evaluation.metric, each),
+        "examples": _by_kind(examples(run.answers, run.recipe.evaluation.metric, each)),
         "environment": {key: _text(value) for key, value in flat(run.environment).items()},
         "recipe": run.recipe.to_yaml(),
     }
+
+
+def _by_kind(found: Sequence[Example]) -> dict[str, list[Example]]:
+    groups = {title: [one for one in found if one.kind == kind] for kind, title in KINDS.items()}
+    return {title: group for title, group in groups.items() if group}
 
 
 def _by_module(run: RunView) -> list[figures.Figure]:
