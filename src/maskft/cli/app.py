@@ -203,6 +203,27 @@ def inspect(
     run(adapters, weights=weights or rank, rank=rank, with_drift=drift, as_json=json)
 
 
+@app.command(name="app")
+def playground(
+    base: Annotated[
+        str, typer.Argument(help="A base: a model's folder, a hub id or embedded; or a run, with its mask.")
+    ],
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="Runs or adapters on the same base; repeatable, or a comma list.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Open a page where base and masks answer side by side."""
+    from maskft.cli.playground import run
+
+    run(base, adapters, host=host, port=port, dtype=dtype, max_new_tokens=max_new_tokens)
+
+
 @app.command()
 def ask(
     run: RunFolder,

@@ -43,6 +43,19 @@ def attach_saved(model: Any, folder: Path) -> PeftModel:
         raise unreadable(folder / WEIGHTS, error) from error
 
 
+def add_saved(model: PeftModel, folder: Path, name: str) -> None:
+    """Load one more saved mask adapter, frozen and not active, beside those that `model` has.
+
+    Raises:
+        AdapterError: as `attach_saved`.
+    """
+    read_settings(folder)
+    try:
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except SafetensorError as error:
+        raise unreadable(folder / WEIGHTS, error) from error
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The content of a mask adapter's configuration file.
 
