@@ -31,7 +31,7 @@ def test_ticks_span_what_is_shown() -> None:
 def test_lines() -> None:
     chart = line_chart("Loss", {"a<b": [(0, 1.0), (10, 0.0)]}, x="step", y="nats")
     points = re.findall(r'points="([^"]*)"', chart)
-    assert points == ["52.0,10.0 416.0,212.0"]  # corners of the frame
+    assert points == ["66.0,10.0 416.0,212.0"]  # corners of the frame
     assert "a&lt;b: 1 to 0" in chart
     assert "a<b" not in chart
     assert line_chart("Loss", {"a": []}, x="step", y="nats") == ""

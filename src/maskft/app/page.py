@@ -58,7 +58,12 @@ def build(playground: Playground) -> Any:
             with gr.Column():
                 # without a mode, gradio hands the file on and does not decode it
                 image = gr.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", elem_id="image"
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    label="Image",
+                    elem_id="image",
+                    height=280,
                 )
                 question = gr.Textbox(label="Question", lines=2, elem_id="question")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -95,7 +100,8 @@ def build(playground: Playground) -> Any:
 def serve(page: Any, *, host: str, port: int | None, wait: bool = True) -> str:
     """Serve the page; returns its address once it answers, or with `wait` when it is stopped."""
     gr = library()
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from a network
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from a network
+    theme = gr.themes.Default(primary_hue="blue", **fonts)
     theme = theme.set(
         **{f"{name}{dark}": value for name, values in _CONTRAST.items() for dark, value in values.items()}
     )

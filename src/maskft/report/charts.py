@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from maskft.measures import colour
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 24, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 66, 24, 10, 38
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's colours, told apart with any colour vision; dashes tell further lines apart."""
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
