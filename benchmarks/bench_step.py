@@ -10,6 +10,7 @@ speed meets them all; medians of each round's ratio are printed and appended to 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
 
-    names = arguments.methods or [name for name in METHODS if "fp32" not in name]
+    names = arguments.methods or [name for name in METHODS if not re.search("fp32|nf4|QLoRA", name)]
     names = [REFERENCE, *(name for name in names if name != REFERENCE)]
     methods = {name: METHODS[name](arguments.layers, accumulate=arguments.accumulate > 1) for name in names}
     shape = (arguments.tokens // arguments.length, arguments.length)

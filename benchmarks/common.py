@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,8 @@ from unittest import mock
 
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn import functional as F
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import maskft.tuner.layer
 from maskft import MaskConfig
@@ -41,6 +43,22 @@ def smollm2(layers: int, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalL
     return LlamaForCausalLM(config).to(dtype)
 
 
+def in_nf4(layers: int) -> LlamaForCausalLM:
+    """The same model with its linear layers in 4 bits, as QLoRA keeps them."""
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        smollm2(layers).save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(
+            folder, quantization_config=quantised, device_map={"": "cpu"}, dtype=torch.bfloat16
+        )
+
+
 def full(layers: int, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
     """The base with the weights trainable that the other methods adapt."""
     model = smollm2(layers, dtype)
@@ -51,12 +69,15 @@ def full(layers: int, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
     return model
 
 
-def masked(layers: int, **settings: Any) -> torch.nn.Module:
-    return get_peft_model(smollm2(layers), MaskConfig(target_modules=PROJECTIONS, **settings))
+Build = Callable[[int], LlamaForCausalLM]
 
 
-def lora(layers: int) -> torch.nn.Module:
-    return get_peft_model(smollm2(layers), LoraConfig(r=16, target_modules=PROJECTIONS))
+def masked(layers: int, base: Build = smollm2, **settings: Any) -> torch.nn.Module:
+    return get_peft_model(base(layers), MaskConfig(target_modules=PROJECTIONS, **settings))
+
+
+def lora(layers: int, base: Build = smollm2) -> torch.nn.Module:
+    return get_peft_model(base(layers), LoraConfig(r=16, target_modules=PROJECTIONS))
 
 
 def hira(layers: int) -> torch.nn.Module:
@@ -95,7 +116,9 @@ class Method:
         with context:
             for place, ids in enumerate(batches):
                 self.last[0] = place == len(batches) - 1
-                self.model(input_ids=ids, labels=ids).loss.backward()
+                answers = ids.shape[1] // 4  # labels stand on the last quarter, as those of answers do
+                logits = self.model(input_ids=ids, logits_to_keep=answers + 1).logits[:, :-1]
+                F.cross_entropy(logits.float().flatten(0, 1), ids[:, -answers:].flatten()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - started
@@ -128,6 +151,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "S-MFT tight": lambda layers, **more: in_mode("tight", layers, **more),
     "S-MFT low-rank r=16": lambda layers, **more: in_mode("fast", layers, score_layout="low-rank", rank=16, **more),
     "LoRA r=16": lambda layers, **_: trained(lora(layers), 1e-3),
+    "S-MFT tight, nf4": lambda layers, **more: in_mode("tight", layers, base=in_nf4, **more),
+    "QLoRA r=16": lambda layers, **_: trained(lora(layers, in_nf4), 1e-3),
     "HiRA r=16": lambda layers, **_: trained(hira(layers), 1e-3),
 }
 

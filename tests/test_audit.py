@@ -132,7 +132,10 @@ class TestCollapse:
 
     @pytest.mark.parametrize(
         ("fields", "advice"),
-        [({"gate": "topk", "keep_ratio": 0.2}, "keep_ratio is 0.2"), ({"init_gate": 0.3}, "init_gate is 0.3")],
+        [
+            ({"gate": "topk", "keep_ratio": 0.2}, "keep_ratio is 0.2"),
+            ({"gate": "soft", "init_gate": 0.3}, "init_gate is 0.3"),
+        ],
     )
     def test_says_what_to_change(self, fields: dict[str, Any], advice: str) -> None:
         (finding,) = collapse_finding(9.0, 2.0, MaskConfig(**fields))
@@ -170,7 +173,7 @@ class TestCallback:
 
     def test_warns_and_goes_on(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         audit = MaskAudit()
-        train(masked(layers="first-third", init_gate=0.5), tmp_path, audit)
+        train(masked(layers="first-third", gate="soft", init_gate=0.5), tmp_path, audit)
         assert kinds(audit.findings) == ["far-start", "shallow"]
         assert "audit: the soft gate starts at 0.5" in caplog.text
 

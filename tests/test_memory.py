@@ -208,6 +208,38 @@ class TestFusedSteps:
         with pytest.raises(RuntimeError, match=r"before the optimizer's step\(\)"):
             model(task(2)[0]).sum().backward()
 
+    @pytest.mark.parametrize("memory", ["fast", "tight"])
+    def test_gradients_of_several_batches_are_added_up(self, memory: str) -> None:
+        """From the second step on without gradients of scores, and as one batch of both would learn."""
+        seen = []
+        for accumulated in (False, True):
+            model, last = masked(MODES[memory].score_dtype), [True]
+            optimizer = score_optimizer(model, memory, lr=0.2, ready=lambda last=last: last[0])
+            seen.append([])
+            for step in range(8):
+                x, y = task(step)
+                for half in (slice(0, 32), slice(32, 64)) if accumulated else (slice(0, 64),):
+                    last[0] = half.stop == 64
+                    part = (model(x[half]) - y[half]).square().sum() / y.numel()
+                    part.backward()
+                    kept = step == 0 and not last[0]
+                    assert kept == any(p.grad is not None for p in model.parameters())
+                    assert bool(optimizer.pending) == (accumulated and step > 0 and not last[0])
+                with torch.no_grad():
+                    seen[-1].append((model(x) - y).square().mean().item())
+                optimizer.step()
+        assert seen[0] == pytest.approx(seen[1], rel=1e-4 if memory == "fast" else 0.05)
+
+    def test_gradients_that_wait_are_thrown_away_with_the_others(self) -> None:
+        model, last = masked(), [True]
+        optimizer = score_optimizer(model, "fast", lr=0.1, ready=lambda: last[0])
+        losses(model, optimizer, 1)
+        last[0] = False
+        model(task(1)[0]).sum().backward()
+        assert len(optimizer.pending) == 2
+        optimizer.zero_grad()
+        assert not optimizer.pending
+
     def test_other_optimizers_go_on_as_they_are(self) -> None:
         model = masked()
         stepper = StepInBackward(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))

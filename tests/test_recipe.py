@@ -49,7 +49,7 @@ class TestDefaults:
         assert recipe.training == {}
 
     def test_method_has_the_defaults_of_the_adapter(self, load) -> None:
-        config, plain = load(DATA).method.config(), MaskConfig()
+        config, plain = load(DATA).method.config(), MaskConfig(gate="soft")
         assert config.to_dict() == plain.to_dict()
 
     def test_method_name_defaults_to_mask(self, load) -> None:
@@ -308,8 +308,12 @@ class TestTrainingOfTheMethod:
         recipe = load(DATA, [*settings, "method.relative_step=0.002"])
         assert method_settings(recipe) == {"learning_rate": pytest.approx(lr)}
 
-    def test_without_it_nothing_is_set(self, load) -> None:
-        assert method_settings(load(DATA)) == method_settings(load(DATA + "method: {name: projector}")) == {}
+    @pytest.mark.parametrize(("gate", "lr"), [("soft", 0.1), ("normalized", 0.1), ("centered", 0.004), ("topk", 0.1)])
+    def test_without_it_each_gate_learns_at_a_rate_of_its_own(self, load, gate: str, lr: float) -> None:
+        assert method_settings(load(DATA, [f"method.gate={gate}"])) == {"learning_rate": pytest.approx(lr)}
+
+    def test_other_methods_keep_theirs(self, load) -> None:
+        assert method_settings(load(DATA + "method: {name: projector}")) == {}
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -340,4 +344,4 @@ def test_the_schema_names_the_gates_and_fields_of_mask_config() -> None:
 
     assert get_args(MaskMethod.model_fields["gate"].annotation) == tuple(GATES)
     assert set(MaskMethod.model_fields) - {"name", *TRAINING} <= {field.name for field in fields(MaskConfig)}
-    assert MaskMethod().config().to_dict() == MaskConfig().to_dict()
+    assert MaskMethod(gate="centered").config().to_dict() == MaskConfig().to_dict()

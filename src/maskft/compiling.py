@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import types
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,7 +27,16 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     values of its tensors, and its other arguments must be few: each value of them is compiled anew. Results have no
     gradient.
     """
-    fast = functools.cache(lambda: torch.compile(function, fullgraph=True, dynamic=True))
+
+    @functools.cache
+    def fast(*kind: Any) -> Callable[P, R]:
+        # dynamo counts compilations by code object and gives up at eight: each kind of arguments has its own
+        code = function.__code__.replace(co_name=f"{function.__name__}_of_{len(kind)}")
+        copy = types.FunctionType(
+            code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        result: Callable[P, R] = torch.compile(copy, fullgraph=True, dynamic=True)
+        return result
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -35,12 +45,20 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         tensor = next(arg for arg in args if isinstance(arg, Tensor))
         if not has_compiler(tensor.device.type):
             return function(*args, **kwargs)
-        plain: Any = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]  # parameters as other tensors
-        with torch._dynamo.config.patch(recompile_limit=64):  # gates, dtypes, square and other matrices
-            result: R = fast()(*plain, **kwargs)
-            return result
+        return fast(*map(_kind, args))(*map(_plain, args), **kwargs)
 
     return call
+
+
+def _kind(argument: Any) -> Any:
+    """What tells arguments apart for which code is compiled anew; shapes don't, but for squares."""
+    return (argument.dtype, argument.device.type) if isinstance(argument, Tensor) else argument
+
+
+def _plain(argument: Any) -> Any:
+    """Tensors without a gradient, so that parameters and others are of one kind."""
+    learnt = type(argument) is torch.nn.Parameter or getattr(argument, "requires_grad", False)
+    return argument.detach() if learnt else argument
 
 
 def _is_real(argument: Any) -> bool:

@@ -195,7 +195,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, *([weight] if isinstance(weight, Tensor) else []), *parameters)
         frozen = weight if isinstance(weight, Tensor) else weight()
         mask = replace(mask, parameters=parameters)
-        masked = _masked(mask, frozen, x.dtype) if mask.cache is None else mask.cache.get(mask, frozen, x.dtype)
+        masked = masked_matrix(mask, frozen, x.dtype)
         # data: of more than two dimensions the result is a view, which callers could not change in place
         return F.linear(x, _ordered(masked, frozen), _like(bias, x)).data
 
@@ -203,11 +203,11 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         weight = parameters.pop(0) if ctx.kept else ctx.weight()
-        mask, dy = replace(ctx.mask, parameters=tuple(parameters)), grads[0]
-        masked = None if mask.cache is None else mask.cache.get(mask, weight, dy.dtype)
+        mask, dy = replace(ctx.mask, parameters=tuple(parameters)), grads[0].reshape(-1, grads[0].shape[-1])
+        masked = None if mask.cache is None else masked_matrix(mask, weight, dy.dtype)
         scores: list[Tensor | None] = [None] * len(parameters)
         if any(ctx.needs_input_grad[4:]):
-            dmasked = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
+            dmasked = dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
             if mask.step is not None and mask.step.takes():
                 masked = mask.step(mask, weight, dmasked)
             else:
@@ -215,8 +215,13 @@ class _MaskedLinear(torch.autograd.Function):
                 scores = [*gradients]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (_masked(mask, weight, dy.dtype) if masked is None else masked)
+            dx = (dy @ (_masked(mask, weight, dy.dtype) if masked is None else masked)).view(x.shape)
         return dx, None, None, None, *scores
+
+
+def masked_matrix(mask: Mask, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' (out, in) in `dtype`, from the mask's cache where it has one; without a gradient, and not to be changed."""
+    return _masked(mask, weight, dtype) if mask.cache is None else mask.cache.get(mask, weight, dtype)
 
 
 def _masked(mask: Mask, weight: Tensor, dtype: torch.dtype) -> Tensor:

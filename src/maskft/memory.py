@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 from maskft.compiling import compiled
 from maskft.errors import UserError, did_you_mean
 from maskft.gates import Gate
-from maskft.linear import Mask, WeightCache, masked_and_gradient
+from maskft.linear import Mask, WeightCache, masked_and_gradient, masked_matrix
 from maskft.optim import NUMBERS, ScoreAdamW, StepInBackward, adamw, adamw_8bit
 from maskft.scores import Dense
 from maskft.tuner import MaskLayer
@@ -109,7 +109,11 @@ def fuse_steps(model: Any, stepper: StepInBackward) -> None:
 
 
 class FusedStep:
-    """The step of one layer's dense scores, made by one pass over weight, gradient, scores and moments."""
+    """The step of one layer's dense scores, made by one pass over weight, gradient, scores and moments.
+
+    With accumulation gradients of the masked weight are added up, whose scores don't change meanwhile, and the gate's
+    derivative is applied to their sum.
+    """
 
     def __init__(self, stepper: StepInBackward, scores: Tensor) -> None:
         self._stepper, self._scores = stepper, scores
@@ -117,14 +121,12 @@ class FusedStep:
         self._once = False
 
     def takes(self) -> bool:
-        """Whether to make this backward pass's step: after a first step in which the layer ran once.
+        """Whether to take the gradient of this backward pass: after a first step in whose last pass the layer ran once.
 
         Raises:
             RuntimeError: the layer has made its step already.
         """
-        self._calls += 1
-        if not self._stepper.ready():
-            self._calls = 2  # gradients of several batches must be added up
+        self._calls += self._stepper.ready()
         if self._once and self._calls > 1:
             raise RuntimeError(
                 "a second backward pass came before the optimizer's step(), but scores have been updated in the first. "
@@ -141,6 +143,11 @@ class FusedStep:
         """See `maskft.linear.ScoreStep`."""
         optimizer = self._stepper.optimizer
         assert isinstance(optimizer, ScoreAdamW)
+        if self._scores in optimizer.pending:
+            dmasked = optimizer.pending.pop(self._scores).add_(dmasked)
+        if not self._stepper.ready():
+            optimizer.pending[self._scores] = dmasked
+            return masked_matrix(mask, weight, dmasked.dtype)
         parts = optimizer.begin(self._scores, self._stepper.group(self._scores))
         moments = parts.moments
         tensors = [dmasked, weight, mask.parameters[0]]

@@ -66,6 +66,9 @@ class ScoreAdamW(torch.optim.Optimizer):
         moments: "float32" (8 bytes per parameter) or "int8" (2 bytes, and 8 for each row; not for parameters that FSDP
             shards, whose moments stay in fp32).
 
+    Attributes:
+        pending: gradients of masked weights that wait for those of other batches; see `maskft.memory.FusedStep`.
+
     Raises:
         ValueError: a setting out of its range.
     """
@@ -86,6 +89,7 @@ class ScoreAdamW(torch.optim.Optimizer):
         if moments not in ("float32", "int8"):
             raise ValueError(f"moments is '{moments}'; allowed: float32, int8.")
         self.moments = moments
+        self.pending: dict[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -100,6 +104,11 @@ class ScoreAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, group)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any optimizer's."""
+        super().zero_grad(set_to_none)
+        self.pending.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As any optimizer's."""

@@ -16,6 +16,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from maskft.errors import RecipeError, UserError, did_you_mean, gathered
 from maskft.tuner import MaskConfig
 
+RELATIVE_STEP = 0.002
+"""How much of itself a gate changes per step, if nothing else is said: the published gate at its rate of 0.1."""
+HARD_LEARNING_RATE = 0.1
+"""That of hard gates, as published."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML that reads 1e-3 as a number and `no` as a word, as YAML 1.2 does."""
@@ -73,10 +78,11 @@ class ModelSection(_Section):
 
 
 class MaskMethod(_Section):
-    """Mask fine-tuning; the fields are those of `maskft.MaskConfig`."""
+    """Mask fine-tuning; the fields are those of `maskft.MaskConfig`, and so are the defaults, but for the gate: the
+    published one was ahead on validation (docs/log.md)."""
 
     name: Literal["mask"] = "mask"
-    gate: Literal["soft", "normalized", "centered", "topk", "threshold"] = MaskConfig.gate  # type: ignore[assignment]
+    gate: Literal["soft", "normalized", "centered", "topk", "threshold"] = "soft"
     temperature: float = MaskConfig.temperature
     init_gate: float = MaskConfig.init_gate
     straight_through: bool = MaskConfig.straight_through
@@ -220,14 +226,15 @@ def method_settings(recipe: Recipe) -> dict[str, Any]:
             f"method.memory is '{method.memory}', which brings an optimizer of its own, but training.optim is "
             f"'{recipe.training['optim']}'. Give one of them."
         )
-    if method.relative_step is None:
-        return {}
-    if "learning_rate" in recipe.training:
+    if method.relative_step is not None and "learning_rate" in recipe.training:
         raise RecipeError("method.relative_step and training.learning_rate both set the learning rate. Give one.")
+    config = method.config()
     try:
-        return {"learning_rate": method.config().learning_rate(method.relative_step)}
+        return {"learning_rate": config.learning_rate(method.relative_step or RELATIVE_STEP)}
     except UserError as error:
-        raise RecipeError(str(error)) from error
+        if method.relative_step is not None:
+            raise RecipeError(str(error)) from error
+        return {"learning_rate": HARD_LEARNING_RATE}
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -55,7 +55,7 @@ _DEFAULTS: dict[str, Any] = {
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     # score gradients carry a factor |W| m0 (1 - m0), about 4e-4, and Adam's usual eps of 1e-8 would damp them
     # as tiny as that, they are not clipped, which would cost a pass over them
-    "mask": {"learning_rate": 0.1, "adam_epsilon": 1e-12, "max_grad_norm": 0.0},
+    "mask": {"adam_epsilon": 1e-12, "max_grad_norm": 0.0},
     "projector": {"learning_rate": 1e-3, "adam_epsilon": 1e-8},
 }
 _OURS = {
@@ -89,8 +89,13 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
         "fp16": recipe.model.dtype == "float16",
         "use_cpu": not torch.accelerator.is_available(),
     }
-    chosen = {**method_settings(recipe), **recipe.training}
-    values = {**_DEFAULTS, **_METHOD_DEFAULTS[recipe.method.name], **computed, **chosen}
+    values = {
+        **_DEFAULTS,
+        **_METHOD_DEFAULTS[recipe.method.name],
+        **method_settings(recipe),
+        **computed,
+        **recipe.training,
+    }
     try:
         return SFTConfig(
             output_dir=str(output / CHECKPOINTS),

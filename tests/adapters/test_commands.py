@@ -130,7 +130,7 @@ class TestCombine:
 
 class TestDistance:
     def test_json(self, run: Call, tmp_path: Path) -> None:
-        a, b = saved(tmp_path / "a"), saved(tmp_path / "b", seed=2)
+        a, b = saved(tmp_path / "a", gate="soft"), saved(tmp_path / "b", seed=2, gate="soft")
         code, out, _ = run("distance", a, b, "--json")
         report = json.loads(out)
         assert code == 0

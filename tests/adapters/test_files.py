@@ -62,7 +62,7 @@ class TestSoft:
         assert settings(tmp_path / "full") == settings(source)
 
     def test_from_packed_to_packed(self, tmp_path: Path) -> None:
-        source = saved(tmp_path / "source")
+        source = saved(tmp_path / "source", gate="soft")
         pack(source, tmp_path / "8", "int8")
         pack(tmp_path / "8", tmp_path / "4", "int4")
         pack(tmp_path / "8", tmp_path / "full", "float32")

@@ -73,7 +73,7 @@ def train(base: Path, out: Path, processes: int, **changes: Any) -> None:
         args=args,
         train_dataset=Dataset.from_list(rows(sees)),
         processing_class=(AutoProcessor if sees else AutoTokenizer).from_pretrained(base),
-        peft_config=MaskConfig(),
+        peft_config=MaskConfig(gate="soft"),
         callbacks=[MaskAudit(strict=True)],
     )
     trainer.train()

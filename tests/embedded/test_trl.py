@@ -66,7 +66,7 @@ def test_twenty_steps_of_sfttrainer_saved_and_reloaded(language_model: Path, tmp
         base,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        peft_config=MaskConfig(),
+        peft_config=MaskConfig(gate="soft"),
         processing_class=AutoTokenizer.from_pretrained(language_model),
     )
     trainer.train()

@@ -55,7 +55,7 @@ class TestGates:
         [
             ({"gate": "soft", "init_gate": 0.9, "temperature": 2.0}, Soft(0.9, 2.0)),
             ({"gate": "soft", "init_gate": 0.9, "straight_through": True}, Soft(0.9, 1.0, True)),
-            ({}, Soft(0.98, 1.0)),
+            ({}, Centered(1.0)),
             ({"gate": "normalized", "straight_through": True, "temperature": 0.5}, Normalized(0.98, 0.5, True)),
             ({"gate": "centered", "temperature": 0.5}, Centered(0.5)),
             ({"gate": "topk", "keep_ratio": 0.3}, TopK(0.3)),

@@ -166,7 +166,7 @@ class TestReading:
         assert pickle.loads(pickle.dumps(loaded.peft_config["default"])).storage == "int4"
 
     def test_whatever_the_configuration_says(self, tmp_path: Path) -> None:
-        model = saved(tmp_path, storage="int4")
+        model = saved(tmp_path, storage="int4", gate="soft")
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "storage": "float32"}))
         loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
@@ -282,7 +282,7 @@ class TestFlaws:
     ("fields", "message"),
     [
         ({"storage": "int5"}, "storage is 'int5'; allowed: float32, int8, int4, bits. Did you mean 'int4'|'int8'"),
-        ({"storage": "bits"}, "storage is 'bits' with the gate 'soft'"),
+        ({"storage": "bits"}, "storage is 'bits' with the gate 'centered'"),
         ({"storage": "int8", "gate": "topk"}, "storage is 'int8' with the gate 'topk'"),
         ({"storage": "int4", "gate": "threshold"}, "bits are for topk and threshold"),
     ],

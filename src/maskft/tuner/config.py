@@ -31,7 +31,8 @@ class MaskConfig(PeftConfig):
 
     Args:
         gate: "soft" (published S-MFT), "normalized", "centered", "topk" (published H-MFT), "threshold"; equations
-            in `maskft.gates`.
+            in `maskft.gates`. The default starts exactly at the pre-trained model, as PEFT's methods do, and learns at
+            rates usual for LoRA.
         temperature: T > 0 of the sigmoid.
         init_gate: m0 in (0, 1), the soft gate's value at the start; for "threshold", how far a score must fall.
         straight_through: gradient dm/dS = 1 for the soft gates; the hard gates always use theirs.
@@ -66,7 +67,7 @@ class MaskConfig(PeftConfig):
             when it is loaded; None skips the check.
     """
 
-    gate: str = "soft"
+    gate: str = "centered"
     temperature: float = 1.0
     init_gate: float = 0.98
     straight_through: bool = False
