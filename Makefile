@@ -7,7 +7,7 @@ STAMP := .venv/.maskft-setup
 PARTS := requirements/demo-parts.txt
 PINS := requirements/constraints.txt
 
-.PHONY: setup demo test test-slow lint bench stage1 tables audit
+.PHONY: setup demo test test-slow test-browser lint bench stage1 tables audit
 
 setup: $(STAMP)
 
@@ -33,11 +33,16 @@ lint: setup
 
 test: lint
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not browser" -n 2 --dist loadgroup --cov --cov-report=
 	$(BIN)/coverage report
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Needs Chromium from the system's packages: apt-get install chromium
+test-browser: setup
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[app,browser]'
+	$(BIN)/python -m pytest -m browser
 
 bench: setup
 	$(BIN)/python benchmarks/bench_step.py --tokens 2048

@@ -17,14 +17,16 @@ LEVELS = {
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
     **dict.fromkeys(("folders", "yamlfile", "checkpoints"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
-    **dict.fromkeys(("tuner", "optim", "stepping"), 3),
+    **dict.fromkeys(("tuner", "optim", "stepping", "measures"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit", "memory"), 4),
-    **dict.fromkeys(("runs", "inspection", "guard"), 5),
+    **dict.fromkeys(("runs", "inspection", "guard", "mask_stats"), 5),
     "trainer": 6,
     "training": 7,
     **dict.fromkeys(("evaluation", "analysis"), 8),
     "studies": 9,
-    **dict.fromkeys(("cli", "app", "report"), 10),
+    "report": 10,
+    "app": 11,
+    "cli": 12,
 }
 PURE = ("gates", "scores", "linear", "fingerprint", "packing", "compiling")
 HOMES = {
@@ -35,6 +37,7 @@ HOMES = {
     "onnx": {"vlm"},
     "optuna": {"studies"},
     "gradio": {"app"},
+    "jinja2": {"report"},
 }
 
 

@@ -110,7 +110,7 @@ def projector_names(model: nn.Module) -> list[str]:
     """Names of the outermost modules between vision encoder and language model, in the model's order."""
     names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _PROJECTORS]
     outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    return [name for name in outermost if _named_part(name) == "projector"]
+    return [name for name in outermost if named_part(name) == "projector"]
 
 
 def layer_index(name: str) -> int | None:
@@ -168,7 +168,7 @@ def find_weights(model: nn.Module) -> list[Weight]:
     candidates = [(name, bare, *_split(name)) for name, bare in _candidates(model)]
     stacks = list(dict.fromkeys(stack for _, _, stack, _, inside in candidates if _kind(inside)))
     language = _language_stacks(model, stacks)
-    parts = {stack: "language" if stack in language else _named_part(stack) for stack in stacks}
+    parts = {stack: "language" if stack in language else named_part(stack) for stack in stacks}
     layers: dict[tuple[str, int | None], int] = {}  # number in the part, by stack and number there
     depth: Counter[str] = Counter()
     for stack, part in parts.items():
@@ -177,7 +177,7 @@ def find_weights(model: nn.Module) -> list[Weight]:
         layers.update({(stack, i): depth[part] + i for i in range(length)})
         depth[part] += length
     return [
-        Weight(name, parts.get(stack, _named_part(name)), _kind(inside), layers.get((stack, index)), bare)
+        Weight(name, parts.get(stack, named_part(name)), _kind(inside), layers.get((stack, index)), bare)
         for name, bare, stack, index, inside in candidates
     ]
 
@@ -246,7 +246,7 @@ def _split(name: str) -> tuple[str, int | None, list[str]]:
     return name, None, []
 
 
-def _named_part(name: str) -> str:
+def named_part(name: str) -> str:
     """Part of a module by the names around it outside layers, from the outside in; not of the language model."""
     part = "other"
     for piece in takewhile(lambda piece: not piece.isdigit(), name.split(".")):
@@ -264,7 +264,7 @@ def _language_stacks(model: nn.Module, stacks: Sequence[str]) -> list[str]:
 
     An encoder-decoder has an embedding for each, with as many rows.
     """
-    stacks = [s for s in stacks if not _OTHER.search(s) and _named_part(s) == "other"]
+    stacks = [s for s in stacks if not _OTHER.search(s) and named_part(s) == "other"]
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):  # not a Transformers model, or one that cannot tell

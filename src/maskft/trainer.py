@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.guard import GuardedTrainer
+from maskft.mask_stats import MaskStatistics
 from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW
 from maskft.runs import write_json
@@ -40,6 +41,7 @@ def make_trainer(
 
     `memory` is a mode of `maskft.memory` for the scores; None where the model has none.
     """
+    gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
         trainer = LabelledPositionsTrainer(
             model=model,
@@ -48,10 +50,11 @@ def make_trainer(
             train_dataset=parts["train"],
             eval_dataset=parts.get("validation") if arguments.eval_strategy != "no" else None,
             processing_class=processor,
-            callbacks=[Watch(log), audit],
+            callbacks=[Watch(log), audit, gates],
             optimizer_cls_and_kwargs=_optimizer(model, arguments, memory),
         )
     trainer.audit, trainer.memory = audit, memory
+    gates.trackers = trainer.callback_handler
     if memory and trainer.accelerator.distributed_type in _WHOLE:
         use_kernels(model)
     _name_layers(trainer)

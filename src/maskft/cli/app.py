@@ -192,6 +192,60 @@ def distance(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One or more runs' folders.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page; default RUN/report.html, or report.html for several."),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Write one self-contained page about runs: results, curves, masks, answers, settings."""
+    from maskft.cli.report import run
+
+    run(runs, output, as_json=json)
+
+
+@app.command()
+def inspect(
+    adapters: Annotated[list[Path], typer.Argument(help="Runs, checkpoints or saved adapters.")],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Load the base, to tell by how much the weights change.")
+    ] = False,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Also the rank of the change of each matrix; implies --weights, and is slow.")
+    ] = False,
+    drift: Annotated[bool, typer.Option("--drift", help="Also how far the mask was at each checkpoint.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Show what masks have learnt by layer and module, and how much of it several have in common."""
+    from maskft.cli.inspect import run
+
+    run(adapters, weights=weights or rank, rank=rank, with_drift=drift, as_json=json)
+
+
+@app.command(name="app")
+def playground(
+    base: Annotated[
+        str, typer.Argument(help="A base: a model's folder, a hub id or embedded; or a run, with its mask.")
+    ],
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="Runs or adapters on the same base; repeatable, or a comma list.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Open a page where base and masks answer side by side."""
+    from maskft.cli.playground import run
+
+    run(base, adapters, host=host, port=port, dtype=dtype, max_new_tokens=max_new_tokens)
+
+
+@app.command()
 def ask(
     run: RunFolder,
     image: Annotated[Path, typer.Argument(help="An image file.")],

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from maskft.cli.output import notes, percent, print_json, progress, quiet_libraries, result_console
+from maskft.cli.report import leave_report
 from maskft.cli.score import TITLES
 from maskft.errors import UserError
 
@@ -116,7 +117,10 @@ def _held_out(folder: Path, *, limit: int | None, as_json: bool, split: str = "t
     if show:
         console.print(_answer_table(records, show))
     if limit is None:
-        console.print(f"answers  {folder / f'answers-{split}.jsonl'}\nmetrics  {folder / 'metrics.json'}")
+        console.print(
+            f"answers  {folder / f'answers-{split}.jsonl'}\nmetrics  {folder / 'metrics.json'}\n{leave_report(folder)}",
+            end="",
+        )
     else:
         console.print(f"the first {limit} questions only: nothing was written")
 

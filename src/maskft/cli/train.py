@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskft.cli.output import notes, print_json, quiet_libraries, result_console
+from maskft.cli.report import leave_report
 from maskft.errors import Paused
 from maskft.recipe import MaskMethod, Recipe, load_recipe
 
@@ -35,7 +36,7 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
     result_console(as_json).print(
         f"trained {trained['steps']} steps in {trained['seconds']:.0f} s, mean loss {trained['loss']:.3f}; "
         f"{trained['trainable_parameters']:,} trainable parameters ({100 * share:.1f} % of the base's)\n"
-        f"run      {output}\nresult   {output / result}\nnext     maskft evaluate {output}"
+        f"run      {output}\nresult   {output / result}\n{leave_report(output)}next     maskft evaluate {output}"
     )
 
 

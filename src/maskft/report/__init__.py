@@ -1,1 +1,1 @@
-"""Committed results become tables."""
+"""Committed results become tables, and runs a page."""

@@ -1,6 +1,6 @@
 """Mask fine-tuning as a method of PEFT. Importing this package registers it, once."""
 
-from maskft.tuner.attach import attach, attach_saved
+from maskft.tuner.attach import add_saved, attach, attach_saved
 from maskft.tuner.config import MaskConfig, register_gate
 from maskft.tuner.layer import Linear, MaskLayer
 from maskft.tuner.model import MaskModel
@@ -13,6 +13,7 @@ __all__ = [
     "MaskConfig",
     "MaskLayer",
     "MaskModel",
+    "add_saved",
     "attach",
     "attach_saved",
     "kept_scores",

@@ -61,6 +61,19 @@ def _refuse_other_ranks(folder: Path, settings: dict[str, Any]) -> None:
         raise AdapterError(f"{folder / CONFIG} says that scores have the rank {rank}, and {WEIGHTS} holds others.")
 
 
+def add_saved(model: PeftModel, folder: Path, name: str) -> None:
+    """Load one more saved mask adapter, frozen and not active, beside those that `model` has.
+
+    Raises:
+        AdapterError: as `attach_saved`.
+    """
+    read_settings(folder)
+    try:
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    except SafetensorError as error:
+        raise unreadable(folder / WEIGHTS, error) from error
+
+
 def unreadable(path: Path, error: SafetensorError) -> AdapterError:
     """The error for a damaged file of tensors."""
     return AdapterError(f"{path} cannot be read: {error}. The file is damaged; save it again.")

@@ -1,0 +1,1 @@
+"""The playground: a base and several masks answer side by side."""
