@@ -21,7 +21,7 @@ LEVELS = {
     "runs": 5,
     "trainer": 6,
     "training": 7,
-    **dict.fromkeys(("evaluation", "analysis"), 8),
+    **dict.fromkeys(("evaluation", "analysis", "plan"), 8),
     "studies": 9,
     **dict.fromkeys(("cli", "app", "report"), 10),
 }
