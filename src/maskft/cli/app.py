@@ -74,6 +74,29 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example method.score_layout=low-rank.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 24GB or 80GiB: says what fits.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a run on a CPU.")] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that share base and training state (FSDP2, ZeRO-3).")
+    ] = 1,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a row, images included; default training.max_length.")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=0, help="Images of a row; default 1, where the model sees.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Predict the memory of one training step from the base's config alone, and say what to change first."""
+    from maskft.cli.plan import run
+
+    run(recipe, overrides or [], gpu=gpu, cpu=cpu, ranks=ranks, tokens=tokens, images=images, as_json=json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[
         str,

@@ -87,6 +87,38 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
+def load_skeleton(base: str, *, dtype: str, attention: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A base on the meta device, made from its config alone: every module and shape, no values. Frozen.
+
+    Args:
+        base, dtype, attention, trust_remote_code: as `load_model`; also a model of text alone.
+
+    Raises:
+        ModelError: there is no such base, or its config cannot be made into a model.
+    """
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(_source(base), trust_remote_code=trust_remote_code)
+        sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or hasattr(config, "vision_config")
+        auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        with torch.device("meta"):
+            chosen = {} if attention is None else {"attn_implementation": attention}
+            model = auto.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **chosen)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a config that fits no model runs into while layers are made
+        raise ModelError(
+            f"cannot make the model of '{base}' from its config.json: {type(error).__name__}: {error}"
+        ) from error
+    return model.requires_grad_(False).eval()
+
+
 def _quantization_config(quantization: str, dtype: str, kept: list[str]) -> Any:
     """Transformers' configuration; `kept` names modules that are not quantised."""
     if quantization == "int8-torchao":
