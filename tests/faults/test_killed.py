@@ -46,6 +46,6 @@ def test_the_embedded_base_killed_twenty_times(tmp_path: Path) -> None:
     short = ["max_steps=40", "per_device_train_batch_size=2", "save_steps=2", "logging_steps=1"]
     limits = ("method.modules=attn", "method.layers=0-3", "data.limits={train: 80, validation: 8, test: 8}")
     overrides = (*(f"training.{one}" for one in short), *limits)
-    train(load_recipe(QUICKSTART, overrides), tmp_path / "whole")
+    killed(QUICKSTART, tmp_path / "whole", kills=0, events=1, overrides=overrides)
     assert len(killed(QUICKSTART, tmp_path / "killed", kills=20, events=40, overrides=overrides)) == 20
     check_same(tmp_path / "whole", tmp_path / "killed")
