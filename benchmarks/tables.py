@@ -1,19 +1,20 @@
-"""Puts the measurements in this folder's CSV files into the tables of docs/performance.md.
+"""Puts the measurements in this folder's CSV files into the tables of docs/performance.md and docs/plan.md.
 
     python benchmarks/tables.py
 
-Of several measurements of one thing the last one counts. A test compares the page with what this writes.
+Of several measurements of one thing the last one counts. A test compares the pages with what this writes.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
+PLAN = HERE.parent / "docs" / "plan.md"
 Row = dict[str, str]
 
 
@@ -62,18 +63,30 @@ def adapter() -> str:
     return table(["adapter", *columns], [[name, *(cell(r) for cell in columns.values())] for name, r in found.items()])
 
 
+def plan_check() -> str:
+    """Predicted and measured peaks of a step."""
+    found = {}
+    for row in read("plan_check.csv"):
+        step = f"{row['rows']} x {row['tokens']}" + (", checkpointing" if row["checkpointing"] == "True" else "")
+        found[f"{row['base']}, {row['method']}", step] = [row["predicted_mb"], row["measured_mb"], row["ratio"]]
+    head = ["base, method", "rows x tokens", "predicted MB", "measured MB", "ratio"]
+    return table(head, [[*what, *numbers] for what, numbers in found.items()])
+
+
 TABLES = {"step.csv": step, "memory.csv": memory, "adapter.csv": adapter}
+PLAN_TABLES = {"plan_check.csv": plan_check}
 
 
-def render(page: str) -> str:
+def render(page: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
     """The page with its tables made anew; each stands between a pair of comments that name its file."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         if (HERE / name).exists():
             place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-            assert place.search(page), f"docs/performance.md has no place for {name}"
+            assert place.search(page), f"the page has no place for {name}"
             page = place.sub(rf"\g<1>\n{make()}\n\n\g<2>", page)
     return page
 
 
 if __name__ == "__main__":
     PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PLAN.write_text(render(PLAN.read_text(encoding="utf-8"), PLAN_TABLES), encoding="utf-8")

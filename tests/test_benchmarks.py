@@ -25,6 +25,14 @@ def test_the_page_shows_the_committed_measurements(tables) -> None:
         assert f"<!-- {name} -->" in page
 
 
+def test_the_plans_page_shows_the_committed_measurements(tables) -> None:
+    page = tables.PLAN.read_text(encoding="utf-8")
+    assert page == tables.render(page, tables.PLAN_TABLES), "run: python benchmarks/tables.py"
+    ratios = [float(row["ratio"]) for row in tables.read("plan_check.csv")]
+    assert len(ratios) >= 8
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios)
+
+
 def test_of_several_measurements_the_last_counts(tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory.csv").write_text("method,peak_bytes,bytes_per_weight\na,1048576,9\nb,2097152,4\na,3145728,8\n")
     monkeypatch.setattr(tables, "HERE", tmp_path)

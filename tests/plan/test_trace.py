@@ -140,6 +140,27 @@ def test_values_of_integers_are_real_and_decide() -> None:
         assert type(wide).__name__ == "FakeTensor"
 
 
+def test_images_of_a_size_that_the_encoder_does_not_take_have_its_own() -> None:
+    from maskft.plan.step import image_tokens
+
+    model = tiny_llava()
+    model.config.image_seq_length = 1  # one patch, where CLIP wants four
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    imagine(model, fake)
+    image = image_tokens(model, fake)
+    assert image is not None
+    assert (image[0], image[1]["pixel_values"].shape[-1]) == (4, 8)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(9, 12), (10, 8), (None, 8)])
+def test_an_image_has_a_patch_for_each_token(tokens: int | None, size: int) -> None:
+    from maskft.plan.step import _images
+
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    vision = tiny_llava().config.vision_config
+    assert _images(vision, tokens, torch.float32, fake)[-1]["pixel_values"].shape == (1, 3, size, size)
+
+
 def test_images_go_through_the_vision_encoder() -> None:
     from maskft.plan.step import image_tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,6 +47,8 @@ class Load:
 def image_tokens(model: Any, fake: FakeTensorMode) -> tuple[int, dict[str, Any]] | None:
     """Tokens of one image and the inputs that hold it; None where the model doesn't see, or in a way not known here.
 
+    The image is as large as makes the number of tokens that the config names, or else as the vision encoder's own.
+
     Args:
         model: with fake values.
         fake: the mode of its values.
@@ -53,7 +56,9 @@ def image_tokens(model: Any, fake: FakeTensorMode) -> tuple[int, dict[str, Any]]
     vision = getattr(model.config, "vision_config", None)
     if vision is None or not hasattr(model, "get_image_features"):
         return None
-    for inputs in _images(vision, model.dtype, fake):
+    expected = getattr(model.config, "image_seq_length", None)
+    found = []
+    for inputs in _images(vision, expected, model.dtype, fake):
         try:
             with torch.no_grad(), fake:
                 output = model.get_image_features(**inputs)
@@ -62,19 +67,18 @@ def image_tokens(model: Any, fake: FakeTensorMode) -> tuple[int, dict[str, Any]]
         features = getattr(output, "pooler_output", None)
         features = getattr(output, "last_hidden_state", output) if features is None else features
         count = sum(f.shape[-2] for f in features) if isinstance(features, list | tuple) else features.shape[-2]
-        return int(count), inputs
-    return None
+        found.append((int(count), inputs))
+    return next((image for image in found if image[0] == expected), found[0] if found else None)
 
 
-def _images(vision: Any, dtype: torch.dtype, fake: FakeTensorMode) -> list[dict[str, Any]]:
-    """One image in the forms that families want."""
-    size = getattr(vision, "image_size", None)
-    forms = []
+def _images(vision: Any, tokens: int | None, dtype: torch.dtype, fake: FakeTensorMode) -> list[dict[str, Any]]:
+    """One image in the sizes that a model may want: its encoder's, and the square that has a patch for each token."""
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    sizes = [] if size is None else [(size, size) if isinstance(size, int) else tuple(size)]
+    if tokens and isinstance(patch, int) and math.isqrt(tokens) ** 2 == tokens:
+        sizes.append((math.isqrt(tokens) * patch,) * 2)
     with fake:
-        if size is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            forms.append({"pixel_values": torch.empty(1, 3, height, width, dtype=dtype)})
-    return forms
+        return [{"pixel_values": torch.empty(1, 3, *each, dtype=dtype)} for each in dict.fromkeys(sizes)]
 
 
 def batch(load: Load, config: Any, image: tuple[int, dict[str, Any]] | None) -> dict[str, Tensor]:
