@@ -31,6 +31,9 @@ from maskft.scores import Dense
 from maskft.stepping import StepInBackward
 from maskft.tuner import MaskLayer
 
+_ALONE = "alone"
+"""In the optimizer's state: the layer runs once per step. A resumed run knows it from its first step on."""
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -128,6 +131,7 @@ class FusedStep:
             RuntimeError: the layer has made its step already.
         """
         self._calls += self._stepper.ready()
+        self._once = self._once or _ALONE in self._stepper.optimizer.state.get(self._scores, {})  # of a resumed run
         if self._once and self._calls > 1:
             raise RuntimeError(
                 "a second backward pass came before the optimizer's step(), but scores have been updated in the first. "
@@ -138,6 +142,8 @@ class FusedStep:
     def end(self) -> None:
         """A training step has ended."""
         self._once, self._calls = self._calls == 1 or (self._once and self._calls == 0), 0
+        if self._once and self._scores in self._stepper.optimizer.state:
+            self._stepper.optimizer.state[self._scores][_ALONE] = torch.ones(())
 
     @torch.no_grad()
     def __call__(self, mask: Mask, weight: Tensor, dmasked: Tensor) -> Tensor:

@@ -117,12 +117,12 @@ class ScoreAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's, but every moment keeps the dtype it was saved in."""
         super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for place, saved in state_dict["state"].items():
-            parameter = parameters[place]
-            for name, value in saved.items():
-                device = value.device if name == "step" else parameter.device
-                self.state[parameter][name] = copy.deepcopy(value).to(device)
+        names = (name for group in state_dict["param_groups"] for name in group["params"])  # numbers, or FSDP's names
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for saved_as, parameter in zip(names, parameters, strict=True):
+            for name, value in state_dict["state"].get(saved_as, {}).items():
+                kept = copy.deepcopy(value)
+                self.state[parameter][name] = kept if value.dim() == 0 else kept.to(parameter.device)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         parts = self.begin(parameter, group)
