@@ -237,5 +237,5 @@ def keep_freed_memory() -> None:
     the next one cost a fifth of a training step on a CPU. Without effect elsewhere."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
-        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, -1), (top_pad, 1 << 26)):
+        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
             libc.mallopt(option, size)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from maskft.recipe import load_recipe
-from maskft.training import train
 from tests.embedded.conftest import QUICKSTART
 
 from .tiny_run import write_recipe
@@ -36,7 +34,7 @@ def check_same(whole: Path, mended: Path) -> None:
 
 def test_killed_three_times(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe")
-    train(load_recipe(recipe), tmp_path / "whole")
+    killed(recipe, tmp_path / "whole", kills=0, events=1)  # in a process as young: compiled code may round otherwise
     assert len(killed(recipe, tmp_path / "killed", kills=3, events=40)) == 3
     check_same(tmp_path / "whole", tmp_path / "killed")
 
