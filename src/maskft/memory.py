@@ -214,7 +214,7 @@ def score_optimizer(
         watch: called with each parameter whose gradient is about to be used and freed.
 
     Raises:
-        UserError: no such mode; scores of another dtype; torchao is missing.
+        UserError: no such mode, or scores of another dtype.
     """
     mode = memory_mode(memory)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -11,6 +12,8 @@ from maskft.errors import Paused, UserError, printable
 def main() -> None:
     """Entry point of the `maskft` script."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported
+    for name in ("trl", "torchao", "bitsandbytes", "torch.utils._pytree"):  # which speak while they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     from maskft.cli.app import app
 
     try:

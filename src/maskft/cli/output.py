@@ -61,8 +61,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("trl", "torchao", "bitsandbytes", "torch.utils._pytree"):  # the last speaks while torchao loads
-        logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_on_stderr)  # whose handler, made when it is imported, writes to stdout
     logger = logging.getLogger("maskft")
     if not logger.handlers:
