@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("adapter.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    keep_freed_memory()
+    keep_freed_memory(-1)
     columns = ("bytes", "save_s", "load_s", "merge_s", "set_adapter_s", "merge_switch_s", "bank_add_s", "bank_switch_s")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

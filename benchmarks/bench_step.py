@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("step.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    keep_freed_memory()
+    keep_freed_memory(-1)
 
     names = arguments.methods or [name for name in METHODS if not re.search("fp32|nf4|QLoRA", name)]
     names = [REFERENCE, *(name for name in names if name != REFERENCE)]

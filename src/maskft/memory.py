@@ -232,10 +232,14 @@ def score_optimizer(
     return optimizer
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(most: int = 1 << 30) -> None:
     """Let glibc keep freed memory. By default it hands every large tensor back to the kernel, and the page faults of
-    the next one cost a fifth of a training step on a CPU. Without effect elsewhere."""
+    the next one cost a fifth of a training step on a CPU. Without effect elsewhere.
+
+    Args:
+        most: bytes to keep at the end of the heap; -1 keeps all.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
-        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, 1 << 30), (top_pad, 1 << 26)):
+        for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, most), (top_pad, 1 << 26)):
             libc.mallopt(option, size)

@@ -84,7 +84,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_command(run: Call, served: dict[str, Any], tmp_path: Path) -> None:  # noqa: F811
     tiny_base(tmp_path / "base")
     a, b = (tiny_adapter(tmp_path / "base", tmp_path / name) for name in ("a", "b"))
-    code, _, err = run("app", tmp_path / "base", "--adapters", f"{a},{b}", "--dtype", "float32")
+    code, _, err = run("app", tmp_path / "base", "--adapters", a, b, "--dtype", "float32")
     assert code == 0, err
     assert served == {"names": ["a", "b"], "host": "127.0.0.1", "port": None, "wait": False}
     assert "page     http://127.0.0.1:7860/" in err

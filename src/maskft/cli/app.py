@@ -252,8 +252,9 @@ def playground(
     base: Annotated[
         str, typer.Argument(help="A base: a model's folder, a hub id or embedded; or a run, with its mask.")
     ],
+    more: Annotated[list[str] | None, typer.Argument(help="More runs or adapters.")] = None,
     adapters: Annotated[
-        list[str] | None, typer.Option(help="Runs or adapters on the same base; repeatable, or a comma list.")
+        list[str] | None, typer.Option(help="Runs or adapters on the same base: several, or a comma list.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -265,7 +266,7 @@ def playground(
     """Open a page where base and masks answer side by side."""
     from maskft.cli.playground import run
 
-    run(base, adapters, host=host, port=port, dtype=dtype, max_new_tokens=max_new_tokens)
+    run(base, [*(adapters or []), *(more or [])], host=host, port=port, dtype=dtype, max_new_tokens=max_new_tokens)
 
 
 @app.command()
