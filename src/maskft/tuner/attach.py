@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +36,33 @@ def attach_saved(model: Any, folder: Path) -> PeftModel:
     Raises:
         AdapterError: a file is missing or broken, the adapter is of another method, or it does not fit the model.
     """
+    with _checked(folder, model):
+        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+
+
+def add_saved(model: PeftModel, folder: Path, name: str) -> None:
+    """Load one more saved mask adapter, frozen and not active, beside those that `model` has.
+
+    Raises:
+        AdapterError: as `attach_saved`.
+    """
+    with _checked(folder, model.get_base_model()):
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+
+
+@contextmanager
+def _checked(folder: Path, model: Any) -> Iterator[None]:
+    """Check a saved adapter; inside, what PEFT and torch say of files and tensors that don't fit is an AdapterError."""
     settings = read_settings(folder)
     try:
         if settings.get("score_layout") == "low-rank":
             _refuse_other_ranks(folder, settings)
-        return PeftModel.from_pretrained(model, folder, is_trainable=False)
+        yield
     except SafetensorError as error:
         raise unreadable(folder / WEIGHTS, error) from error
     except (UserError, torch.OutOfMemoryError):
         raise
-    except (
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # what PEFT and torch say of tensors that don't fit
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise AdapterError(f"{folder} cannot be put on {type(model).__name__}: {error}") from error
 
 
@@ -59,19 +73,6 @@ def _refuse_other_ranks(folder: Path, settings: dict[str, Any]) -> None:
         shapes = [file.get_slice(name).get_shape() for name in file.keys() if ".mask_left" in name]  # noqa: SIM118
     if not shapes or any(shape[-1:] != [rank] for shape in shapes):
         raise AdapterError(f"{folder / CONFIG} says that scores have the rank {rank}, and {WEIGHTS} holds others.")
-
-
-def add_saved(model: PeftModel, folder: Path, name: str) -> None:
-    """Load one more saved mask adapter, frozen and not active, beside those that `model` has.
-
-    Raises:
-        AdapterError: as `attach_saved`.
-    """
-    read_settings(folder)
-    try:
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
-    except SafetensorError as error:
-        raise unreadable(folder / WEIGHTS, error) from error
 
 
 def unreadable(path: Path, error: SafetensorError) -> AdapterError:
