@@ -40,9 +40,11 @@ class StepInBackward:
         self.ended: list[Callable[[], None]] = []
         self._inside = False
         self._step = type(optimizer).step
-        optimizer.register_step_post_hook(self._step_made)
         self._groups = {parameter: i for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in self._groups]
+        self._hooks = [
+            optimizer.register_step_post_hook(self._step_made),
+            *(parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in self._groups),
+        ]
 
     def norm(self) -> Tensor:
         """Norm of all gradients since the last call, before clipping."""
