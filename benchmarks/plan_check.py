@@ -18,18 +18,16 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import append, provenance
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maskft import MaskConfig
 from maskft.memory import MODES, score_optimizer
 from maskft.plan.predict import Predictor
-from maskft.plan.skeleton import Skeleton, imagine
+from maskft.plan.skeleton import Skeleton, imagine, replace_tensors
 from maskft.plan.step import Load, batch, image_tokens, make_loss
 from maskft.plan.ways import PLAIN, SAME, Way, with_mode
 from maskft.vlm.load import load_skeleton
@@ -116,20 +114,10 @@ def way(base: Skeleton, method: str) -> Way:
     return with_mode(method, config, MODES[setting], "none")
 
 
-def values(model: nn.Module) -> None:
-    """Random weights in place of those on the meta device."""
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for kept in (module._parameters, module._buffers):
-            for name, tensor in kept.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    new = new.normal_(0, 0.02) if new.is_floating_point() else new.zero_()
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-                kept[name] = made[id(tensor)]
+def drawn(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with random values, or zeros, in place of one on the meta device."""
+    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return new.normal_(0, 0.02) if new.is_floating_point() else new.zero_()
 
 
 def train(base: Skeleton, method: str, load: Load, steps: int) -> None:
@@ -144,7 +132,7 @@ def train(base: Skeleton, method: str, load: Load, steps: int) -> None:
         found = image_tokens(imagined, fake)
         assert found is not None
         image = found[0], {name: torch.empty(value.shape, dtype=value.dtype) for name, value in found[1].items()}
-    values(model)
+    replace_tensors(model, drawn)
     model.train()
     if load.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})

@@ -17,17 +17,14 @@ from maskft.evaluation.candidates import Candidate, find_candidates, wearing
 from maskft.gates import Soft, TopK
 from maskft.recipe import ModelSection
 from maskft.vlm.load import load_model, load_processor
-from tests.evaluation.tiny import tiny_adapter, tiny_base
+from tests.evaluation.tiny import tiny_pair
 
 QUESTION = "What color is it?"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("app")
-    tiny_base(folder / "base")
-    for seed, name in enumerate(("a", "b"), 1):
-        tiny_adapter(folder / "base", folder / name, seed=seed)
+    folder = tiny_pair(tmp_path_factory.mktemp("app"))
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     return folder
 

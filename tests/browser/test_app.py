@@ -12,7 +12,7 @@ from PIL import Image
 from maskft.app.page import build, serve
 from maskft.app.playground import Playground
 from maskft.evaluation.candidates import find_candidates
-from tests.evaluation.tiny import tiny_adapter, tiny_base
+from tests.evaluation.tiny import tiny_pair
 
 from .conftest import serious
 
@@ -21,10 +21,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # gradio's own
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("app")
-    tiny_base(folder / "base")
-    for seed, name in enumerate(("a", "b"), 1):
-        tiny_adapter(folder / "base", folder / name, seed=seed)
+    folder = tiny_pair(tmp_path_factory.mktemp("app"))
     Image.new("RGB", (40, 30), "red").save(folder / "red.png")
     Image.new("1", (6000, 4000)).save(folder / "large.png")
     return folder

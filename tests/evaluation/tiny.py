@@ -44,6 +44,14 @@ def tiny_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def tiny_pair(folder: Path) -> Path:
+    """A folder with a base and two adapters on it, a and b."""
+    tiny_base(folder / "base")
+    for seed, name in enumerate(("a", "b"), 1):
+        tiny_adapter(folder / "base", folder / name, seed=seed)
+    return folder
+
+
 def tiny_adapter(base: Path, folder: Path, seed: int = 1) -> Path:
     """Save a mask adapter with random offsets on the base."""
     model = LlavaForConditionalGeneration.from_pretrained(base)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskft.targets import Weight, find_weights, resolve_parameters, resolve_targets
@@ -140,6 +140,16 @@ class Skeleton:
 
 def imagine(model: nn.Module, fake: FakeTensorMode) -> None:
     """Replace every parameter and buffer by a fake one of the same shape and dtype; what was shared stays shared."""
+
+    def imagined(tensor: Tensor) -> Tensor:
+        with fake:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    replace_tensors(model, imagined)
+
+
+def replace_tensors(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Put what `make` gives in place of every parameter and buffer; what was shared stays shared."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for kept in (module._parameters, module._buffers):
@@ -147,8 +157,7 @@ def imagine(model: nn.Module, fake: FakeTensorMode) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    with fake:
-                        new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    new = make(tensor)
                     parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if parameter else new
                 kept[name] = made[id(tensor)]
