@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -13,8 +14,8 @@ from tests.data.helpers import MARKED, make_processor
 from tests.tuner.models import TEXT, scatter
 
 
-def tiny_base(folder: Path, seed: int = 0) -> Path:
-    """Save a model of two layers that sees 28 x 28 pixels as four tokens."""
+def tiny_base(folder: Path, seed: int = 0, **text: Any) -> Path:
+    """Save a model of two layers that sees 28 x 28 pixels as four tokens; `text` goes before the sizes of `TEXT`."""
     processor = make_processor(MARKED)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
@@ -26,7 +27,7 @@ def tiny_base(folder: Path, seed: int = 0) -> Path:
         patch_size=14,
         initializer_range=0.3,
     )
-    sizes = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "pad_token_id": None}
+    sizes = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "pad_token_id": None, **text}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(
