@@ -23,7 +23,7 @@ LEVELS = {
     **dict.fromkeys(("runs", "inspection", "guard", "mask_stats"), 5),
     "trainer": 6,
     "training": 7,
-    **dict.fromkeys(("evaluation", "analysis", "plan"), 8),
+    **dict.fromkeys(("evaluation", "analysis", "plan", "card"), 8),
     "studies": 9,
     "report": 10,
     "app": 11,
