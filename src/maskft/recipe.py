@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from maskft.errors import RecipeError, UserError, did_you_mean, gathered
+from maskft.shipped import find_recipe
 from maskft.tuner import MaskConfig
 from maskft.yamlfile import YamlError, dump_yaml, parse_yaml, read_yaml
 
@@ -159,11 +160,12 @@ class Recipe(_Section):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as "training.max_steps=24".
+    """Read a recipe, a file or a shipped one's name, and apply overrides such as "training.max_steps=24".
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
+    path = find_recipe(path)
     try:
         content = read_yaml(path)
     except OSError as error:
