@@ -38,7 +38,7 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe's file, or the name of a shipped one: quickstart.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.max_steps=24.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe name>.")] = None,
     dry_run: Annotated[
@@ -50,6 +50,17 @@ def train(
     from maskft.cli.train import run
 
     run(recipe, overrides or [], output or Path("runs") / recipe.stem, dry_run=dry_run, as_json=json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe; without a name, list all.")] = None,
+    json: AsJson = False,
+) -> None:
+    """List the recipes that ship with the package, or print one to make your own of."""
+    from maskft.cli.recipes import run
+
+    run(name, as_json=json)
 
 
 @app.command()
@@ -75,7 +86,7 @@ def check(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe's file, or the name of a shipped one: quickstart.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example method.score_layout=low-rank.")
     ] = None,
