@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 import zlib
@@ -213,10 +214,11 @@ def test_pictures_are_small_and_on_white(source: Path) -> None:
     save(root / "food" / "sorts" / "empty.png", Image.new("RGBA", (30, 30), (0, 0, 0, 0)))
     found = gather_pictures(read_stamps(source), validation=0.2, test=0.2, size=100)
     shown = {one.label.name: one for part in found.parts.values() for one in part}
-    assert shown["food/sorts/wide"].image.size == (100, 25)
-    assert shown["food/sorts/empty"].image.getcolors() == [(900, (255, 255, 255))]
+    images = {name: Image.open(io.BytesIO(one.png)) for name, one in shown.items()}
+    assert images["food/sorts/wide"].size == (100, 25)
+    assert images["food/sorts/empty"].getcolors() == [(900, (255, 255, 255))]
     assert not shown["food/sorts/empty"].content.any()
-    assert all(one.image.mode == "RGB" for one in shown.values())
+    assert all(image.mode == "RGB" for image in images.values())
 
 
 @pytest.mark.parametrize(

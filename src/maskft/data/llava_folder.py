@@ -75,7 +75,7 @@ def write_collection(
             files[one.label.name] = f"images/{one.label.name}.png"
             file = folder / files[one.label.name]
             file.parent.mkdir(parents=True, exist_ok=True)
-            one.image.save(file)
+            file.write_bytes(one.png)
         summary = {
             "collection": kind,
             "source": str(source),

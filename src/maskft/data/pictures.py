@@ -7,6 +7,7 @@ one series (a folder's files whose names start with the same word) stay in one p
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -67,12 +68,12 @@ class Picture:
 
     Attributes:
         label: what is said of it.
-        image: RGB, scaled down.
+        png: the image as PNG, RGB and scaled down.
         content: (256,) grey values of what is drawn, mean 0 and norm 1; zeros for an empty picture.
     """
 
     label: Labelled
-    image: Image.Image
+    png: bytes
     content: np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -134,12 +135,14 @@ def gather_pictures(
                 continue
             image = open_image(entry)
         except DataError as error:
-            left_out["too large" if "pixels" in str(error) else "unreadable"] += 1
-            unreadable += [] if "pixels" in str(error) else [label.name]
+            too_large = "more than" in str(error)
+            left_out["too large" if too_large else "unreadable"] += 1
+            unreadable += [] if too_large else [label.name]
             continue
         image.thumbnail((size, size))
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        found[key].append(Picture(label, image, _content(image)))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        found[buffer.getvalue()].append(Picture(label, buffer.getvalue(), _content(image)))
     pictures = []
     for same in found.values():
         left_out["equal"] += len(same) - 1
