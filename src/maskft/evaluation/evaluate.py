@@ -20,6 +20,7 @@ def evaluate_run(
     *,
     split: str = "test",
     limit: int | None = None,
+    base_answers: Sequence[str] | None = None,
     progress: Callable[[str], Progress] = lambda label: iter,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer every held-out question with the base and the tuned model.
@@ -30,8 +31,9 @@ def evaluate_run(
 
     Args:
         run: a finished run's folder.
-        split: "test" or "validation".
+        split: "test" or "validation"; with a limit also "train".
         limit: only the first so many questions.
+        base_answers: what the base says to these questions, where that is known already; None asks it.
         progress: makes a progress wrapper for a label.
 
     Returns:
@@ -51,8 +53,9 @@ def evaluate_run(
     if settings.metric == "choice":
         _require_letters(rows)
     arguments = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
-    with loaded.base() as base:
-        base_answers = generate_answers(base, loaded.processor, rows, progress=progress("base"), **arguments)
+    if base_answers is None:
+        with loaded.base() as base:
+            base_answers = generate_answers(base, loaded.processor, rows, progress=progress("base"), **arguments)
     tuned_answers = generate_answers(loaded.model, loaded.processor, rows, progress=progress("tuned"), **arguments)
 
     known: dict[str, str] = {}
