@@ -93,7 +93,13 @@ class ProjectorMethod(_Section):
     name: Literal["projector"]
 
 
-class EasyVqaData(_Section):
+class _Data(_Section):
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Train on so much of the training part, drawn with `share_seed`."""
+    share_seed: int = 0
+
+
+class EasyVqaData(_Data):
     """The demo's data, from the package easy-vqa."""
 
     kind: Literal["easy-vqa"]
@@ -113,7 +119,7 @@ class Split(_Section):
     seed: int = 0
 
 
-class FilesData(_Section):
+class FilesData(_Data):
     """LLaVA JSON, or messages + images as JSON, JSON lines, parquet or a saved Hugging Face data set."""
 
     kind: Literal["files"]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import maskft
+from maskft.cli import studying
 
 app = typer.Typer(
     name="maskft",
@@ -309,31 +310,4 @@ def compare(
     run(a, b, base=base, split=split, as_json=json)
 
 
-@app.command()
-def study(
-    file: Annotated[Path, typer.Argument(help="A study's file, for example studies/modes.yaml.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of runs and results; default runs/studies/NAME.")] = None,
-    storage: Annotated[
-        str | None, typer.Option(help="Database that several machines share, as an SQLAlchemy URL; default SQLite.")
-    ] = None,
-    toy: Annotated[bool, typer.Option("--toy", help="Try everything on a tiny random base, in few runs.")] = False,
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials of tuning, in place of the file's.")] = None,
-    page: Annotated[
-        Path | None, typer.Option(help="Train nothing: write the page of committed results into this folder.")
-    ] = None,
-    heartbeat: Annotated[int, typer.Option(min=1, help="Seconds between a worker's signs of life.")] = 30,
-    json: AsJson = False,
-) -> None:
-    """Work on a study until it is finished. Several calls, on one or many machines, share the work."""
-    from maskft.cli.study import run
-
-    run(
-        file,
-        output,
-        storage=storage,
-        toy=toy,
-        trials=trials,
-        page=page,
-        heartbeat=heartbeat,
-        as_json=json,
-    )
+studying.add_commands(app)

@@ -30,6 +30,14 @@ def run(
     as_json: bool,
 ) -> None:
     quiet_libraries()
+    if page is not None:
+        from maskft.report.study_pages import write_page
+
+        written = [str(path) for path in write_page(file, page)]
+        if as_json:
+            print_json({"study": str(file), "written": written})
+        result_console(as_json).print("\n".join(written), markup=False)
+        return
     from maskft.studies.work import run_study
 
     folder = output or Path("runs/studies") / (file.stem + ("-toy" if toy else ""))
@@ -79,29 +87,39 @@ def bar() -> Iterator[Any]:
 
 
 def results_table(results: list[Result]) -> Table:
-    """A row for each variant, data set and axis values, over its seeds."""
-    table = Table(title="mean over seeds (smallest to largest)")
-    for column in ("variant", "data", "settings", "seeds", "validation", "test", "final loss", "step"):
-        table.add_column(column)
+    """A row for each variant, data set and axis values, over its seeds; columns that would be empty are left out."""
     rows: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
-        settings = " ".join(f"{key}={value}" for key, value in {**result.settings, **result.tuned}.items())
-        rows.setdefault((result.variant, result.data, settings), []).append(result)
-    for key, same in rows.items():
-        parts = [[r.parts[part].tuned.accuracy for r in same if part in r.parts] for part in ("validation", "test")]
-        losses = [r.training.final_loss for r in same if r.training.final_loss is not None]
-        steps = [r.training.step_seconds for r in same if r.training.step_seconds is not None]
-        table.add_row(
-            *key,
-            str(len(same)),
-            *(_spread(shares) for shares in parts),
-            f"{statistics.mean(losses):.4f}" if losses else "",
-            f"{statistics.median(steps):.2f} s" if steps else "",
+        settings = {**result.settings, **result.tuned}
+        told = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+        rows.setdefault(("tuning" if result.stage == "tune" else "", result.variant, result.data, told), []).append(
+            result
         )
+    head = ("", "variant", "data", "settings", "runs", "validation", "test", "final loss", "step")
+    lines = [[*key, str(len(same)), *_measured(same)] for key, same in rows.items()]
+    shown = [number for number in range(len(head)) if any(line[number] for line in lines)]
+    table = Table(title="means (smallest to largest)")
+    for number in shown:
+        table.add_column(head[number])
+    for line in lines:
+        table.add_row(*(line[number] for number in shown))
     return table
+
+
+def _measured(same: list[Result]) -> list[str]:
+    """Accuracy on validation and test, final loss and time per step of runs that differ in their seeds."""
+    parts = [[r.parts[part].tuned.accuracy for r in same if part in r.parts] for part in ("validation", "test")]
+    losses = [r.training.final_loss for r in same if r.training.final_loss is not None]
+    steps = [r.training.step_seconds for r in same if r.training.step_seconds is not None]
+    return [
+        *map(_spread, parts),
+        f"{statistics.mean(losses):.4f}" if losses else "",
+        f"{statistics.median(steps):.2f} s" if steps else "",
+    ]
 
 
 def _spread(shares: list[float]) -> str:
     if not shares:
         return ""
-    return f"{percent(statistics.mean(shares))} ({percent(min(shares))} to {percent(max(shares))})"
+    mean = percent(statistics.mean(shares))
+    return mean if len(shares) == 1 else f"{mean} ({percent(min(shares))} to {percent(max(shares))})"

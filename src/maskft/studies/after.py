@@ -7,12 +7,13 @@ write the function and give it a name in `ANALYSES`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from maskft.analysis import by_place, checkpoints, drift, saved_masks, statistics
+from maskft.errors import StudyError, did_you_mean
 
 Analysis = Callable[[Path], Any]
 SAMPLE = 4096
@@ -40,3 +41,17 @@ def gate_records(run: Path) -> list[dict[str, Any]]:
 
 
 ANALYSES: dict[str, Analysis] = {"masks": masks, "drift": mask_drift, "gates": gate_records}
+
+
+def analyses(names: Iterable[str]) -> dict[str, Analysis]:
+    """Analyses by name.
+
+    Raises:
+        StudyError: there is none of a name.
+    """
+    for name in names:
+        if name not in ANALYSES:
+            raise StudyError(
+                f"there is no analysis '{name}'.{did_you_mean(name, ANALYSES)} Allowed: {', '.join(ANALYSES)}."
+            )
+    return {name: ANALYSES[name] for name in names}

@@ -126,7 +126,8 @@ class Study(_Section):
     after: list[str] = []
     """Analyses of each finished run, by their names in maskft.studies.after."""
     plot: str | None = None
-    """What the page draws accuracy against: a key of `vary`, `rho`, or `step` for training loss; default intervals."""
+    """What the page draws: accuracy against a key of `vary` or against `rho`, training loss against `step`, or `gap`,
+    accuracy lost from training to test questions against training loss. Default: accuracy with its intervals."""
     toy: Settings = {}
     paper_scale: str = ""
     """What the study takes at the size of a paper, in words."""

@@ -55,7 +55,7 @@ def open_storage(url: str, heartbeat: int = HEARTBEAT) -> Any:
                 )
         except ImportError as error:
             raise MissingExtraError(
-                str(error.name or error), "pip install 'maskft[study-postgres]'", f"The storage {_shown(url)}"
+                str(error.name or error), "pip install 'maskft[study]'", f"The storage {_shown(url)}"
             ) from error
         except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
             if not left or isinstance(error, sqlalchemy.exc.ArgumentError):
@@ -66,6 +66,17 @@ def open_storage(url: str, heartbeat: int = HEARTBEAT) -> Any:
                 ) from error
             time.sleep(1)
     raise AssertionError
+
+
+@contextlib.contextmanager
+def storage_at(url: str, heartbeat: int = HEARTBEAT) -> Iterator[Any]:
+    """`open_storage`, closed at the end of the block."""
+    storage = open_storage(url, heartbeat)
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
 
 
 class Queue:
@@ -91,14 +102,14 @@ class Queue:
         import optuna
 
         samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
-        pruners = {"none": optuna.pruners.NopPruner, "median": optuna.pruners.MedianPruner}
+        pruners = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner(n_startup_trials=2)}
         self.name, self._storage = name, storage
         self._cells: dict[str, dict[str, Any]] = {}
         self.study: optuna.Study = optuna.create_study(
             study_name=name,
             storage=storage,
             sampler=samplers[sampler](seed=seed),
-            pruner=pruners[pruner](),
+            pruner=pruners[pruner],
             direction="maximize",
             load_if_exists=True,
         )

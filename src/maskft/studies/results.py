@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskft.errors import StudyError
 from maskft.runs import write_json
+from maskft.studies.definition import Cell, Settings
 
 
 class _Record(BaseModel):
@@ -69,7 +70,7 @@ class Result(_Record):
         study, stage, variant, data, settings, tuned, seed: which cell of which study it is.
         overrides: the settings applied to the study's recipe.
         environment: variables of the process.
-        recipe: as resolved.
+        recipe: as resolved, without the machine's paths.
         metric: how answers are scored.
         parts: scores by "train" (a slice), "validation" and "test", of those that were answered.
         log: the training log.
@@ -131,6 +132,32 @@ def packed_outcomes(scores: Sequence[float]) -> str:
     if all(score in (0, 1) for score in scores):
         return "".join(str(int(score)) for score in scores)
     return " ".join(f"{score:.4g}" for score in scores) + (" " if len(scores) == 1 else "")
+
+
+def chosen_settings(results: Sequence[Result], choose: str) -> dict[tuple[str, str], list[Settings]]:
+    """By variant and data set, the axis values whose mean over the seeds is best; ties are all kept."""
+    by_group: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for result in results:
+        settings = json.dumps(result.settings, sort_keys=True)
+        by_group.setdefault((result.variant, result.data), {}).setdefault(settings, []).append(result)
+    chosen = {}
+    for group, found in by_group.items():
+        means = {key: sum(r.value(choose) for r in same) / len(same) for key, same in found.items()}
+        chosen[group] = [found[key][0].settings for key, mean in means.items() if mean == max(means.values())]
+    return chosen
+
+
+def result_name(result: Result) -> str:
+    """Name of a result's file, without its ending."""
+    tried = {key: value for key, value in result.tuned.items() if result.stage == "tune"}
+    settings = {**result.settings, **tried}
+    name = Cell(result.stage, result.variant, result.data, result.seed, (), settings=settings).name
+    return f"tune.{name}" if result.stage == "tune" else name
+
+
+def identity(result: Result) -> str:
+    """What tells the runs of a stage apart."""
+    return json.dumps([result.variant, result.data, result.settings, result.seed], sort_keys=True)
 
 
 def write_result(path: Path, result: Result) -> None:

@@ -5,7 +5,7 @@
 reads paths of jobs from stdin, a line each, and works on one after the other: it forks, trains, answers and writes
 result.json beside the job. On stdout it says "started PID" and "ended CODE": 0 done, 2 a user's mistake, 3 paused, 1 a
 fault, below 0 a signal. It ends with its stdin, and the run with it. The imports, which take longer than a short run,
-are made once. Where forking is not safe it works on one job by itself and ends.
+are made once. With --once it works on one job by itself, without forking, and ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from maskft.errors import Paused, StudyError, UserError, did_you_mean
+from maskft.errors import Paused, StudyError, UserError
 from maskft.recipe import Recipe, load_recipe
 from maskft.runs import load_data, write_json
 from maskft.studies.results import Part, Result, Score, Training, final_loss, packed_outcomes, write_result
@@ -68,14 +68,9 @@ def work(job: Job) -> Result:
     """
     import torch
 
-    from maskft.studies.after import ANALYSES
+    from maskft.studies.after import analyses
     from maskft.training import LOG, train
 
-    for name in job.after:
-        if name not in ANALYSES:
-            raise StudyError(
-                f"there is no analysis '{name}'.{did_you_mean(name, ANALYSES)} One of {', '.join(ANALYSES)}."
-            )
     started = time.monotonic()
     recipe = load_recipe(job.recipe, job.overrides)
     run = job.folder / "run"
@@ -92,13 +87,13 @@ def work(job: Job) -> Result:
             if part not in there["parts"]:
                 raise StudyError(f"the data has no {part} part; it has {', '.join(there['parts'])}.")
             parts[part] = _answered(run, recipe, part, None, job.shared)
-        after = {name: ANALYSES[name](run) for name in job.after}
+        after = {name: analyse(run) for name, analyse in analyses(job.after).items()}
     log = json.loads((run / LOG).read_text(encoding="utf-8")) if (run / LOG).is_file() else []
     made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     result = Result(
         **job.cell,
-        overrides=job.overrides,
-        recipe=recipe.model_dump(mode="json"),
+        overrides=list(map(_portable_override, job.overrides)),
+        recipe=portable(recipe.model_dump(mode="json")),
         metric=recipe.evaluation.metric,
         parts=parts,
         training=_training(metrics["train"], final_loss(log, job.last_steps), peak),
@@ -114,6 +109,26 @@ def work(job: Job) -> Result:
     )
     write_result(job.folder / RESULT, result)
     return result
+
+
+def portable(tree: Any) -> Any:
+    """The tree without this machine's paths: those in the current folder relative to it, of others the last piece."""
+    if isinstance(tree, dict):
+        return {key: portable(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value) for value in tree]
+    if not isinstance(tree, str) or not os.path.isabs(tree):
+        return tree
+    path = Path(tree)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def _portable_override(override: str) -> str:
+    key, _, value = override.partition("=")
+    try:
+        return f"{key}={json.dumps(portable(json.loads(value)), ensure_ascii=False)}"
+    except ValueError:
+        return f"{key}={portable(value)}"
 
 
 def _training(trained: Mapping[str, Any], last: float | None, peak: int) -> Training:
@@ -239,28 +254,28 @@ def serve(forks: bool) -> None:
     import maskft.training  # noqa: F401
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the worker, whose end lets a run save a checkpoint
-    lines, answers = os.fdopen(os.dup(0), "rb", buffering=0), os.fdopen(os.dup(1), "w", buffering=1)
-    buffer = b""
-    while True:
-        while b"\n" not in buffer:
-            if not (read := lines.read(4096)):
+    with os.fdopen(os.dup(0), "rb", buffering=0) as lines, os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        buffer = b""
+        while True:
+            while b"\n" not in buffer:
+                if not (read := lines.read(4096)):
+                    return
+                buffer += read
+            line, _, buffer = buffer.partition(b"\n")
+            path = Path(line.decode())
+            if not forks:
+                answers.write(f"started {os.getpid()}\n")
+                answers.write(f"ended {run_job(path)}\n")
                 return
-            buffer += read
-        line, _, buffer = buffer.partition(b"\n")
-        path = Path(line.decode())
-        if not forks:
-            answers.write(f"started {os.getpid()}\n")
-            answers.write(f"ended {run_job(path)}\n")
-            return
-        child = os.fork()
-        if child == 0:
-            code = FAULT
-            try:
-                code = run_job(path)
-            finally:
-                os._exit(code)
-        answers.write(f"started {child}\n")
-        answers.write(f"ended {_waited(child, lines.fileno())}\n")
+            child = os.fork()
+            if child == 0:
+                code = FAULT
+                try:
+                    code = run_job(path)
+                finally:
+                    os._exit(code)
+            answers.write(f"started {child}\n")
+            answers.write(f"ended {_waited(child, lines.fileno())}\n")
 
 
 def _waited(child: int, stdin: int) -> int:
@@ -279,7 +294,7 @@ def _waited(child: int, stdin: int) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     """Serve; with --once, work on one job without forking."""
-    serve(forks="--once" not in arguments and sys.platform == "linux")
+    serve(forks="--once" not in arguments)
 
 
 if __name__ == "__main__":

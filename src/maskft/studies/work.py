@@ -5,20 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from maskft.errors import StudyError
 from maskft.recipe import load_recipe
 from maskft.runs import write_json
+from maskft.studies.after import analyses
 from maskft.studies.definition import (
     Cell,
     Settings,
@@ -30,14 +28,13 @@ from maskft.studies.definition import (
     tuned_parameters,
     tuning_cell,
 )
-from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, open_storage, suggest
-from maskft.studies.results import Result, write_result
+from maskft.studies.process import POLL, Processes
+from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, storage_at, suggest
+from maskft.studies.results import Result, chosen_settings, identity, result_name, write_result
 from maskft.studies.toy import toy_base
 from maskft.studies.trial import MISTAKE, OUTPUT, PAUSED, Job
 from maskft.studies.trial import RESULT as RESULT_FILE
 
-POLL = 2.0
-"""Seconds between looks at a trial's log, and at what other workers do."""
 Progress = Callable[[str, int, int], None]
 """Is told the stage, how many of its trials are finished, and how many there are."""
 
@@ -59,84 +56,31 @@ class Outcome:
     output: Path = Path()
 
 
-class TrialProcess:
-    """A process of maskft.studies.trial, for the trials with one set of environment variables."""
-
-    def __init__(self, environment: Mapping[str, str], errors: IO[bytes]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "maskft.studies.trial"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env={**os.environ, **environment},
-        )
-        self._buffer = b""
-
-    def run(self, job: Path, tick: Callable[[], bool]) -> int:
-        """Work on a job; its exit code. While it runs `tick` is called; where that returns False the job is stopped."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{job}\n".encode())
-        self._process.stdin.flush()
-        _, _, pid = self._line(lambda: True).partition(" ")
-        stopped = False
-
-        def look() -> bool:
-            nonlocal stopped
-            if not stopped and not tick():
-                stopped = True
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGTERM)
-            return True
-
-        _, _, code = self._line(look).partition(" ")
-        return int(code)
-
-    def _line(self, tick: Callable[[], bool]) -> str:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        while b"\n" not in self._buffer:
-            if select.select([descriptor], [], [], POLL)[0]:
-                if not (read := os.read(descriptor, 4096)):
-                    raise StudyError(
-                        "the process that starts trials ended by itself; its last words are in worker-*.txt."
-                    )
-                self._buffer += read
-            else:
-                tick()
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line.decode()
-
-    def ended(self) -> bool:
-        """Whether the process is there no more."""
-        return self._process.poll() is not None
-
-    def close(self) -> None:
-        """End it, and a job that it works on after a checkpoint."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
 class Worker:
     """See `run_study`."""
 
-    def __init__(self, path: Path, study: Study, output: Path, storage: Any, *, toy: bool, trials: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        study: Study,
+        output: Path,
+        storage: Any,
+        processes: Processes,
+        *,
+        toy: bool,
+    ) -> None:
         self.study, self.output, self.toy = study, output, toy
-        if trials is not None and study.tune is not None:
-            self.study = study.model_copy(update={"tune": study.tune.model_copy(update={"trials": trials})})
         self.name = path.stem + ("-toy" if toy else "")
-        self.storage = storage
+        self.storage, self.processes = storage, processes
         self.recipe = study.recipe.read_text(encoding="utf-8") if study.recipe.is_file() else ""
         self._base = [f"model.base={toy_base(study, output)}"] if toy else []
-        self._processes: dict[tuple[tuple[str, str], ...], TrialProcess] = {}
-        self._errors: IO[bytes] | None = None
+        self._toy = {"TORCHDYNAMO_DISABLE": "1"} if toy else {}  # to compile takes longer than to train
         self._queues: list[tuple[Queue, Mapping[str, Cell]]] = []
+        self.tuning: list[Result] = []
 
     def check(self) -> None:
-        """Load the recipe of each cell, so that a mistake is told before the first run."""
+        """Load the recipe of each cell and find the analyses, so that a mistake is told before the first run."""
+        analyses(self.study.after)
         for cell in cells(self.study, {}, toy=self.toy):
             self._load(cell)
         for group in self._tuned_groups():
@@ -151,7 +95,8 @@ class Worker:
 
     def _tuned_groups(self) -> list[tuple[str, str]]:
         wanted = {cell.group for cell in cells(self.study, {}, toy=self.toy)}
-        return [group for group in groups(self.study) if group in wanted and tuned_parameters(self.study, group[0])]
+        found = [group for group in groups(self.study) if group in wanted and tuned_parameters(self.study, group[0])]
+        return found[:1] if self.toy else found
 
     def tune(self, progress: Progress) -> dict[tuple[str, str], Settings]:
         """The first stage: the best values of each variant on each data set."""
@@ -173,7 +118,8 @@ class Worker:
                 seed=tune.seed,
                 pruner=tune.pruner,
             )
-            queue.plan({f"{n:03d}": point for n, point in enumerate(values)}, failed_too=True)
+            named = {json.dumps(point) if point else f"{n:03d}": point for n, point in enumerate(values)}
+            queue.plan(named, failed_too=True)
             queues[group] = queue
 
         def work(queue: Queue, trial: Any) -> None:
@@ -189,7 +135,8 @@ class Worker:
                     f"no trial of tuning {' on '.join(filter(None, group))} came to its end. The first error: "
                     f"{next((t.user_attrs[ERROR] for t in queue.trials().values() if ERROR in t.user_attrs), 'none')}"
                 )
-            chosen[group] = dict(max(done, key=lambda t: t.value or 0.0).params)
+            chosen[group] = dict(max(done, key=_merit).params)
+            self.tuning += [_result(trial) for trial in done]
         return chosen
 
     def run(self, tuned: Mapping[tuple[str, str], Settings], progress: Progress) -> list[Result]:
@@ -203,7 +150,7 @@ class Worker:
         best = chosen_settings(first, measure.choose)
         tested = {k: c for k, c in todo.items() if c.settings in best.get(c.group, [])}
         second = self._stage("tests", tested, [*parts, "test"], progress)
-        return [r for r in first if all(_identity(r) != _identity(t) for t in second)] + second
+        return [r for r in first if all(identity(r) != identity(t) for t in second)] + second
 
     def _stage(self, name: str, todo: Mapping[str, Cell], parts: Sequence[str], progress: Progress) -> list[Result]:
         queue = Queue(self.storage, f"{self.name}/{name}")
@@ -279,10 +226,10 @@ class Worker:
         code: int | None = None
         try:
             with queue.alive(trial):
-                code = self._process(cell.environment).run(folder / "job.json", tick)
+                code = self.processes.run(folder / "job.json", {**cell.environment, **self._toy}, tick)
         finally:
             if code is None:  # this worker was interrupted
-                self.close()
+                self.processes.close()
                 queue.fail(trial, None)
         if pruned:
             queue.prune(trial)
@@ -298,30 +245,6 @@ class Worker:
         else:
             queue.fail(trial, _last_words(code, folder / OUTPUT))
 
-    def _process(self, environment: Mapping[str, str]) -> TrialProcess:
-        key = tuple(sorted(environment.items()))
-        known = self._processes.get(key)
-        if known is None or known.ended():
-            if known is not None:
-                known.close()
-            if self._errors is None:
-                self._errors = (self.output / f"worker-{os.getpid()}.txt").open("ab")
-            self._processes[key] = TrialProcess(environment, self._errors)
-        return self._processes[key]
-
-    def close(self) -> None:
-        """End the processes, with a checkpoint where one trains."""
-        for process in self._processes.values():
-            process.close()
-        self._processes.clear()
-        if self._errors is not None:
-            self._errors.close()
-            with contextlib.suppress(OSError):
-                path = Path(os.fsdecode(self._errors.name))
-                if not path.stat().st_size:
-                    path.unlink()
-            self._errors = None
-
 
 def run_study(
     path: Path,
@@ -331,6 +254,7 @@ def run_study(
     toy: bool = False,
     trials: int | None = None,
     heartbeat: int = HEARTBEAT,
+    only_tune: bool = False,
     progress: Progress = lambda stage, done, of: None,
 ) -> Outcome:
     """Work on a study until it is finished, together with every other worker on the same storage.
@@ -342,6 +266,7 @@ def run_study(
         toy: a tiny random base and a few cells, to see that everything runs.
         trials: of tuning, in place of the file's.
         heartbeat: seconds between signs of life in the storage.
+        only_tune: end after the first stage.
         progress: is told how far the study is.
 
     Raises:
@@ -349,41 +274,26 @@ def run_study(
         MissingExtraError: Optuna is not installed.
     """
     study = load_study(path)
+    if trials is not None and study.tune is not None:
+        study = study.model_copy(update={"tune": study.tune.model_copy(update={"trials": trials})})
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
-    opened = open_storage(storage or f"sqlite:///{output / 'study.db'}", heartbeat)
-    worker = Worker(path, study, output, opened, toy=toy, trials=trials)
-    worker.check()
-    with _terminable(), contextlib.closing(worker):
-        tuned = worker.tune(progress)
-        results = worker.run(tuned, progress)
-    outcome = Outcome(results, worker.failures(), tuned, output)
-    for result in results:
+    errors = output / f"worker-{os.getpid()}.txt"
+    with storage_at(storage or f"sqlite:///{output / 'study.db'}", heartbeat) as opened, Processes(errors) as processes:
+        worker = Worker(path, study, output, opened, processes, toy=toy)
+        worker.check()
+        with _terminable():
+            tuned = worker.tune(progress)
+            results = [] if only_tune else worker.run(tuned, progress)
+        outcome = Outcome([*worker.tuning, *results], worker.failures(), tuned, output)
+    for result in outcome.results:
         write_result(output / "results" / f"{result_name(result)}.json", result)
     return outcome
 
 
-def chosen_settings(results: Sequence[Result], choose: str) -> dict[tuple[str, str], list[Settings]]:
-    """By variant and data set, the axis values whose mean over the seeds is best; ties are all kept."""
-    by_group: dict[tuple[str, str], dict[str, list[Result]]] = {}
-    for result in results:
-        settings = json.dumps(result.settings, sort_keys=True)
-        by_group.setdefault((result.variant, result.data), {}).setdefault(settings, []).append(result)
-    chosen = {}
-    for group, found in by_group.items():
-        means = {key: sum(r.value(choose) for r in same) / len(same) for key, same in found.items()}
-        chosen[group] = [found[key][0].settings for key, mean in means.items() if mean == max(means.values())]
-    return chosen
-
-
-def result_name(result: Result) -> str:
-    """Name of a result's file, without its ending."""
-    cell = Cell(result.stage, result.variant, result.data, result.seed, (), settings=result.settings)
-    return cell.name
-
-
-def _identity(result: Result) -> str:
-    return json.dumps([result.variant, result.data, result.settings, result.seed], sort_keys=True)
+def _merit(trial: Any) -> tuple[float, float]:
+    """What a tuned value is chosen by; the final loss decides between equals."""
+    return trial.value, _result(trial).value("loss")
 
 
 def _result(trial: Any) -> Result:
