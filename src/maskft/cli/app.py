@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import maskft
-from maskft.cli import research
+from maskft.cli import research, studying
 
 app = typer.Typer(
     name="maskft",
@@ -347,3 +347,4 @@ def compare(
 
 
 research.add_commands(app)
+studying.add_commands(app)

@@ -21,6 +21,7 @@ def evaluate_run(
     split: str = "test",
     data: Path | None = None,
     limit: int | None = None,
+    base_answers: Sequence[str] | None = None,
     progress: Callable[[str], Progress] = lambda label: iter,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer every held-out question with the base and the tuned model.
@@ -34,6 +35,7 @@ def evaluate_run(
         split: "test", "validation" or "train".
         data: a data file, whose rows are asked instead of a split's; image paths are relative to its folder.
         limit: only the first so many questions.
+        base_answers: what the base says to these questions, where that is known already; None asks it.
         progress: makes a progress wrapper for a label.
 
     Returns:
@@ -55,8 +57,9 @@ def evaluate_run(
     if settings.metric == "choice":
         _require_letters(rows)
     arguments = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
-    with loaded.base() as base:
-        base_answers = generate_answers(base, loaded.processor, rows, progress=progress("base"), **arguments)
+    if base_answers is None:
+        with loaded.base() as base:
+            base_answers = generate_answers(base, loaded.processor, rows, progress=progress("base"), **arguments)
     tuned_answers = generate_answers(loaded.model, loaded.processor, rows, progress=progress("tuned"), **arguments)
 
     known: dict[str, str] = {}
