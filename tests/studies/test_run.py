@@ -161,6 +161,19 @@ def test_bad_trials_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [result.tuned["training.learning_rate"] for result in outcome.results] == [0.1, 0.05]
 
 
+def test_a_failed_trial_of_tuning_is_told_and_the_others_decide(folder: Path, caplog: Any) -> None:
+    tuning = {"parameters": {"training.adam_beta1": [0.9, 2.0]}, "trials": 2}
+    file = write_study(folder / "odd", variants={"soft": {}}, tune=tuning, seeds=[0])
+    outcome = run_study(file, folder / "odd-out", only_tune=True)
+    assert outcome.tuned == {("soft", ""): {"training.adam_beta1": 0.9}}
+    assert "1 trials of tuning soft failed. The first error: " in caplog.text
+    worse = write_study(
+        folder / "odd2", variants={"soft": {}}, tune={**tuning, "parameters": {"training.adam_beta1": [2.0]}}
+    )
+    with pytest.raises(StudyError, match="no trial of tuning soft came to its end"):
+        run_study(worse, folder / "odd2-out")
+
+
 def test_an_interrupted_worker_leaves_its_cell_to_the_next(folder: Path) -> None:
     file = write_study(
         folder / "long",

@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,20 @@ def picture(study: Study, found: Sequence[Row]) -> str:
         bars = [(row.name, *_estimate(parts)) for row in found if (parts := _judged(row))]
         return _standalone(intervals(study.title, bars, x="accuracy"), [])
     if kind == "step":
-        series = {row.name: _mean_curve(row.results) for row in found if row.results}
+        logs = {row.name: [_points(result.log, "loss") for result in row.results] for row in found if row.results}
+        series = {name: _mean_curve(curves) for name, curves in logs.items()}
         x, y = "step", "training loss"
+    elif kind == "drift":
+        kept = {row.name: [_points(r.after.get("drift", []), "correlation") for r in row.results] for row in found}
+        series = {name: line for name, curves in kept.items() if curves and (line := _mean_curve(curves))}
+        x, y = "step", "correlation with the last mask"
     elif kind == "gap":
         series = _gaps(found)
         x, y = "training loss", "accuracy in training minus in test"
     else:
         series = _by_setting(kind, found)
         x, y = ("log10 of relative step per update" if kind == "rho" else kind), "accuracy"
-    chart = line_chart(study.title, series, x=x, y=y, share=y != "training loss")
+    chart = line_chart(study.title, series, x=x, y=y, share=y.startswith("accuracy"))
     return _standalone(chart, list(series))
 
 
@@ -261,9 +266,13 @@ def _record(made: Sequence[Result], tuning: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _mean_curve(results: Sequence[Result]) -> list[tuple[float, float]]:
-    """Logged training loss by step, the mean over runs at the steps that all of them logged."""
-    curves = [{entry["step"]: entry["loss"] for entry in result.log if "loss" in entry} for result in results]
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """Values by step of the entries that have the key."""
+    return {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None and "step" in entry}
+
+
+def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[tuple[float, float]]:
+    """The mean over runs at the steps that all of them have."""
     steps = sorted(set.intersection(*map(set, curves)))
     return [(float(step), statistics.mean(curve[step] for curve in curves)) for step in steps]
 

@@ -126,8 +126,9 @@ class Study(_Section):
     after: list[str] = []
     """Analyses of each finished run, by their names in maskft.studies.after."""
     plot: str | None = None
-    """What the page draws: accuracy against a key of `vary` or against `rho`, training loss against `step`, or `gap`,
-    accuracy lost from training to test questions against training loss. Default: accuracy with its intervals."""
+    """What the page draws: accuracy against a key of `vary` or against `rho`; training loss against `step`; `gap`,
+    accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation with the last
+    one, against steps. Default: accuracy with its intervals."""
     toy: Settings = {}
     paper_scale: str = ""
     """What the study takes at the size of a paper, in words."""

@@ -51,7 +51,8 @@ class Training(_Record):
     steps: int
     epochs: float
     examples: int
-    loss: float
+    loss: float | None
+    """None where nothing was trained."""
     final_loss: float | None
     """Mean over the study's last steps; None where nothing was logged."""
     trainable_parameters: int
@@ -114,8 +115,8 @@ class Result(_Record):
             if "validation" not in self.parts:
                 raise StudyError("runs are chosen by accuracy on the validation part, but the data has none.")
             return self.parts["validation"].tuned.accuracy
-        loss = self.training.final_loss
-        return -(self.training.loss if loss is None else loss)
+        losses = (self.training.final_loss, self.training.loss)
+        return next((-loss for loss in losses if loss is not None), -math.inf)
 
 
 def final_loss(log: Sequence[Mapping[str, Any]], last: int) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -35,6 +36,7 @@ from maskft.studies.toy import toy_base
 from maskft.studies.trial import MISTAKE, OUTPUT, PAUSED, Job
 from maskft.studies.trial import RESULT as RESULT_FILE
 
+logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Is told the stage, how many of its trials are finished, and how many there are."""
 
@@ -119,7 +121,9 @@ class Worker:
                 pruner=tune.pruner,
             )
             named = {json.dumps(point) if point else f"{n:03d}": point for n, point in enumerate(values)}
-            queue.plan(named, failed_too=True)
+            queue.plan(named, failed_too=False)
+            if not any(trial.state.name == "COMPLETE" for trial in queue.trials().values()):
+                queue.plan(named, failed_too=True)
             queues[group] = queue
 
         def work(queue: Queue, trial: Any) -> None:
@@ -130,11 +134,13 @@ class Worker:
         self._drain("tuning", list(queues.values()), work, progress)
         for group, queue in queues.items():
             done = [t for t in queue.trials().values() if t.state.name == "COMPLETE"]
+            errors = [trial.user_attrs[ERROR] for trial in queue.trials().values() if ERROR in trial.user_attrs]
+            place = " on ".join(filter(None, group))
             if not done:
-                raise StudyError(
-                    f"no trial of tuning {' on '.join(filter(None, group))} came to its end. The first error: "
-                    f"{next((t.user_attrs[ERROR] for t in queue.trials().values() if ERROR in t.user_attrs), 'none')}"
-                )
+                first = errors[0] if errors else "none"
+                raise StudyError(f"no trial of tuning {place} came to its end. The first error: {first}")
+            if errors:
+                logger.warning("%d trials of tuning %s failed. The first error: %s", len(errors), place, errors[0])
             chosen[group] = dict(max(done, key=_merit).params)
             self.tuning += [_result(trial) for trial in done]
         return chosen
