@@ -1,4 +1,4 @@
-"""Export: the mask is multiplied into the weights and the model saved as an ordinary Transformers folder."""
+"""Export: what was learnt is merged into the weights and the model saved as an ordinary Transformers folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskft.errors import RunError
 from maskft.folders import staged
-from maskft.tuner import merge_in_full_precision
+from maskft.tuner import merge_adapter
 
 SHARD_SIZE = "5GB"
 _SIZE = re.compile(r"[1-9]\d*(KB|MB|GB)")
@@ -26,9 +26,10 @@ class Exported:
 
     Attributes:
         difference: largest absolute difference of the probe's logits between the run's model, before merging, and
-            the folder, after reloading. 0 is expected without a cast and without quantisation: the masked weight is
-            rounded to the base's dtype in the same way while training and when merging. (Quantised layers that
-            carry no mask compute in their own way.)
+            the folder, after reloading. 0 is expected of masks, and of weights trained whole, without a cast and
+            without quantisation: the masked weight is rounded to the base's dtype in the same way while training and
+            when merging. (Quantised layers that carry no mask compute in their own way.) Other methods add to the
+            output of a layer, and merging rounds their weights: theirs are of the order of the base's rounding.
         reload_difference: the same between the model that was written and the reloaded one. 0 is expected always.
         rounding: by how much of itself a cast moves a weight at most (beside what is below the dtype's smallest
             number); 0 where nothing was rounded.
@@ -54,10 +55,11 @@ def export_merged(
 ) -> Exported:
     """Merge the active adapter into the base, save model, processor and chat template, and check the result.
 
-    A quantised base is written in full precision: a plain model, without another rounding, unless `quantize` is given.
+    A model without adapter, such as one that was trained whole, is saved as it is. A quantised base is written in full
+    precision: a plain model, without another rounding, unless `quantize` is given.
 
     Args:
-        model: a PeftModel with mask adapters; it is merged in place and cannot be unmerged afterwards.
+        model: with an adapter it is merged in place and cannot be unmerged afterwards.
         processor: saved beside the model.
         out: new or empty folder; it appears only once it is complete.
         probe: model inputs to compare logits on.
@@ -74,7 +76,7 @@ def export_merged(
     require_size(max_shard_size)
     with staged(out) as staging:
         before = _logits(model, probe)
-        written: Any = merge_in_full_precision(model, safe_merge=True)
+        written: Any = merge_adapter(model) if hasattr(model, "merge_and_unload") else model
         rounding = 0.0 if dtype is None else _cast(written, dtype)
         if quantize is not None:
             plain = staging / "plain"

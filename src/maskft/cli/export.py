@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskft.cli.output import notes, print_json, quiet_libraries, result_console
-from maskft.errors import RunError, UserError
+from maskft.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "int8-torchao")
@@ -23,7 +23,7 @@ def run(
     from maskft.card import model_card
     from maskft.data import Collator
     from maskft.folders import refuse_existing
-    from maskft.recipe import MaskMethod
+    from maskft.learnt import result_name
     from maskft.runs import load_data, load_run
     from maskft.vlm.load import load_model, require_quantizer
 
@@ -33,8 +33,6 @@ def run(
         require_quantizer(quantize, "--quantize")
     notes.print(f"merging {folder}")
     loaded = load_run(folder)
-    if not isinstance(loaded.recipe.method, MaskMethod):
-        raise RunError(f"{folder} trained a projector, which has no mask to merge.")
     written = dtype or loaded.recipe.model.dtype
     rows = load_data(loaded.recipe)["train"]
     probe = Collator(loaded.processor, max_length=None).prompts([rows[i] for i in range(min(4, len(rows)))])
@@ -62,12 +60,12 @@ def run(
                 "bytes": exported.bytes,
             }
         )
-    exact = exported.rounding == 0 and quantize is None and loaded.recipe.method.name == "mask"
+    exact = exported.rounding == 0 and quantize is None and loaded.recipe.method.name in ("mask", "full", "projector")
     result_console(as_json).print(
         f"largest difference of logits, before merging and after reloading: {exported.difference:g}"
         f"{' (bound: 0)' if exact else ''}\n{_why(exported.rounding, written, quantize)}"
         f"largest difference of logits, as written and after reloading: {exported.reload_difference:g} (bound: 0)\n"
-        f"run           {folder}\nadapter       {folder / 'adapter_model.safetensors'}\n"
+        f"run           {folder}\nlearnt        {folder / result_name(loaded.recipe.method)}\n"
         f"merged model  {out}  ({exported.bytes / 1e6:.1f} MB)"
     )
 
