@@ -74,8 +74,9 @@ dist: setup
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-# Known flaws of the pinned versions, from the Python Package Index; pip-audit has an environment of its own.
+# Known flaws of the pinned versions, from the Python Package Index; pip-audit has an environment of its own. A package
+# that could not be looked up is an error.
 audit:
 	test -x .venv/audit/bin/pip-audit || $(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet pip-audit
-	.venv/audit/bin/pip-audit --no-deps --disable-pip --requirement $(PINS)
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(PINS)

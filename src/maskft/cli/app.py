@@ -155,12 +155,32 @@ def evaluate(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(help="New folder for the merged Transformers model.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; default the run's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 500MB.")] = "5GB",
+    quantize: Annotated[
+        str | None, typer.Option(help="Save the language model in few bits: nf4, fp4, int8 or int8-torchao.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Multiply the mask into the weights and save an ordinary Transformers model."""
     from maskft.cli.export import run as command
 
-    command(run, out, as_json=json)
+    command(run, out, dtype=dtype, max_shard_size=max_shard_size, quantize=quantize, as_json=json)
+
+
+@app.command()
+def gguf(
+    model: Annotated[Path, typer.Argument(help="An exported model's folder.")],
+    out: Annotated[Path, typer.Argument(help="New file.")],
+    dtype: Annotated[str, typer.Option(help="Of matrices: f16 or f32.")] = "f16",
+    json: AsJson = False,
+) -> None:
+    """Write the language model of an exported folder as a GGUF file, for llama.cpp."""
+    from maskft.cli.gguf import run
+
+    run(model, out, dtype=dtype, as_json=json)
 
 
 @app.command()
