@@ -30,6 +30,8 @@ OPERATORS = _table("""
     equiv ≡ to → rightarrow → Rightarrow ⇒ mapsto ↦ cup ∪ cap ∩ subset ⊂ subseteq ⊆ setminus ∖ in ∈ notin ∉ dots …
     ldots … cdots ⋯ mid ∣ circ ∘ forall ∀ exists ∃ ast ∗ bmod mod prime ′ langle ⟨ rangle ⟩ lfloor ⌊ rfloor ⌋
     lceil ⌈ rceil ⌉ lvert | rvert | lVert ‖ rVert ‖ Vert ‖ vert | lbrace { rbrace } colon : wedge ∧ vee ∨ neg ¬
+    star ⋆ bullet ∙ dagger † perp ⊥ parallel ∥ square □ leftarrow ← uparrow ↑ downarrow ↓ leftrightarrow ↔ implies ⟹
+    iff ⟺ Leftrightarrow ⇔ prec ≺ preceq ⪯ succ ≻ succeq ⪰ triangleq ≜ oslash ⊘ ominus ⊖ lt < gt >
 """)
 LARGE = {"sum": "∑", "prod": "∏", "int": "∫", "bigcup": "⋃", "bigcap": "⋂"}
 LIMITS = {"max", "min", "arg", "sup", "inf", "lim"}
@@ -37,6 +39,7 @@ FUNCTIONS = {"ln", "log", "exp", "tanh", "cos", "sin", "det", "Pr", "sign", "sec
 SPACES = {",": 0.17, ":": 0.22, ";": 0.28, " ": 0.33, "!": -0.17, "quad": 1, "qquad": 2}
 ACCENTS = {"hat": "^", "bar": "‾", "overline": "‾", "tilde": "~", "vec": "→", "dot": "˙"}
 STYLES = {"mathrm": "", "text": "", "operatorname": "", "texttt": "monospace", "mathtt": "monospace", "textbf": "bold"}
+FENCES = {"cases": ("{", ""), "pmatrix": ("(", ")"), "bmatrix": ("[", "]"), "vmatrix": ("|", "|")}
 LETTERS = {"mathcal": 0x1D49C, "mathbb": 0x1D538, "mathbf": 0x1D400}
 HOLES = {"𝒝": "ℬ", "𝒠": "ℰ", "𝒡": "ℱ", "𝒣": "ℋ", "𝒤": "ℐ", "𝒧": "ℒ", "𝒨": "ℳ", "𝒭": "ℛ"}
 HOLES |= {"𝔺": "ℂ", "𝔿": "ℍ", "𝕅": "ℕ", "𝕇": "ℙ", "𝕈": "ℚ", "𝕉": "ℝ", "𝕑": "ℤ"}
@@ -44,7 +47,7 @@ TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|\s+|.", re.DOTALL)
 
 
 class UnknownCommand(ValueError):
-    """A formula uses what is in none of the tables."""
+    """A formula uses what is in none of the tables, or is not complete."""
 
 
 class _Reader:
@@ -72,13 +75,13 @@ class _Reader:
 
     def with_scripts(self) -> str:
         limits = self.peek().lstrip("\\") in {*LARGE, *LIMITS}
-        base, low, high = self.atom(), "", ""
+        base, low, high = self.argument(), "", ""
         while self.peek() in ("_", "^", "'"):
             mark = self.next()
             if mark == "_":
-                low = self.atom()
+                low = self.argument()
             elif mark == "^":
-                high = self.atom()
+                high = self.argument()
             else:  # the sign is drawn high in its own place
                 base = f'<mrow>{base}<mo lspace="0" rspace="0">′</mo></mrow>'
         if not low and not high:
@@ -88,8 +91,16 @@ class _Reader:
         kind = kind or "m" + ("sub" if low else "") + ("sup" if high else "")
         return f"<{kind}>{base}{low}{high}</{kind}>"
 
+    def argument(self) -> str:
+        """What a command or a script takes: a group, or one sign; of a number its first digit."""
+        if self.peek()[:1].isdigit() and len(self.peek()) > 1:
+            self.tokens[self.at : self.at + 1] = [self.peek()[0], self.peek()[1:]]
+        return self.atom()
+
     def atom(self) -> str:
         token = self.next()
+        if not token:
+            raise UnknownCommand(f"an end too early in the formula {self.text!r}")
         if token == "{":
             inside = self.row("}")
             self.next()
@@ -119,11 +130,13 @@ class _Reader:
             letters = [chr(LETTERS[name] + ord(letter) - ord("A")) for letter in self.raw()]
             return f"<mi>{''.join(HOLES.get(letter, letter) for letter in letters)}</mi>"
         if name in ACCENTS:
-            return f'<mover accent="true">{self.atom()}<mo>{ACCENTS[name]}</mo></mover>'
-        if name == "frac":
-            return f"<mfrac>{self.atom()}{self.atom()}</mfrac>"
+            return f'<mover accent="true">{self.argument()}<mo>{ACCENTS[name]}</mo></mover>'
+        if name in ("frac", "tfrac", "dfrac"):
+            fraction = f"<mfrac>{self.argument()}{self.argument()}</mfrac>"
+            large = "true" if name == "dfrac" else "false"
+            return fraction if name == "frac" else f'<mstyle displaystyle="{large}">{fraction}</mstyle>'
         if name == "sqrt":
-            return f"<msqrt>{self.atom()}</msqrt>"
+            return f"<msqrt>{self.argument()}</msqrt>"
         if name == "left":
             opening, inside = self.delimiter(), self.row("\\right")
             self.next()
@@ -165,8 +178,9 @@ class _Reader:
         self.next()
         self.raw()
         cells = "".join(f"<mtr>{''.join(f'<mtd>{c}</mtd>' for c in row)}</mtr>" for row in rows if row)
-        opening = _mo("{", stretchy=True) if kind == "cases" else ""
-        return f'<mrow>{opening}<mtable columnalign="left" class="{kind}">{cells}</mtable></mrow>'
+        opening, closing = (_mo(sign, stretchy=True) if sign else "" for sign in FENCES.get(kind, ("", "")))
+        align = "left" if kind == "cases" else "center"
+        return f'<mrow>{opening}<mtable columnalign="{align}" class="{kind}">{cells}</mtable>{closing}</mrow>'
 
 
 def _escaped(text: str) -> str:

@@ -57,6 +57,8 @@ def test_every_formula_is_understood(page: Path) -> None:
         (r"0.5\%", '<mn>0.5</mn><mo>%</mo>'),
         (r"\|x\|", '<mo stretchy="false">‖</mo>'),
         (r"\_", "<mtext>_</mtext>"),
+        (r"\tfrac12", '<mstyle displaystyle="false"><mfrac><mn>1</mn><mn>2</mn></mfrac></mstyle>'),
+        (r"\begin{pmatrix} 1 & a \end{pmatrix}", '</mtable><mo>)</mo></mrow>'),
         (r"\begin{cases} 1 & a \\ 0 & b \end{cases}", '<mtable columnalign="left" class="cases">'),
     ],
 )  # fmt: skip
@@ -69,6 +71,11 @@ def test_formula(formula: str, expected: str) -> None:
 def test_unknown_command_is_named() -> None:
     with pytest.raises(tex.UnknownCommand, match=r"\\nonsense in the formula"):
         tex.mathml(r"a \nonsense", False)
+
+
+def test_formula_without_its_end() -> None:
+    with pytest.raises(tex.UnknownCommand, match="an end too early"):
+        tex.mathml(r"\frac{a}", False)
 
 
 def test_code_and_money_are_no_formulas() -> None:
