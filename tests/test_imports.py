@@ -15,7 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
-    **dict.fromkeys(("folders", "yamlfile", "checkpoints"), 1),
+    **dict.fromkeys(("folders", "yamlfile", "checkpoints", "shipped"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "stepping", "measures", "whole"), 3),
     "methods": 3.5,
@@ -23,7 +23,7 @@ LEVELS = {
     **dict.fromkeys(("runs", "inspection", "guard", "mask_stats"), 5),
     "trainer": 6,
     "training": 7,
-    **dict.fromkeys(("evaluation", "analysis", "plan"), 8),
+    **dict.fromkeys(("evaluation", "analysis", "plan", "card"), 8),
     "studies": 9,
     "report": 10,
     "app": 11,

@@ -25,6 +25,7 @@ from maskft.recipe import load_recipe
 from maskft.runs import LoadedRun, load_data, load_run
 from maskft.training import preview, train
 from maskft.vlm.load import load_model
+from tests.evaluation.tiny import tiny_base
 from tests.faults.tiny_run import write_recipe
 
 PROJECTOR = "scope: [language], train_projector: true"
@@ -69,6 +70,8 @@ BOUNDS = {"mask": 0.0, "mask and projector": 0.0, "random mask": 0.0, "magnitude
 """Largest difference of logits by merging: masks and whole weights are what was computed with. Others compute beside
 the weights, so that sums round otherwise: some units in the last place of fp32 at logits of up to about 10."""
 ROUNDING = 1e-4
+AGAIN = 1e-5
+"""Of the same computation on tensors that lie elsewhere: kernels of a CPU may sum by alignment."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +159,14 @@ def test_comes_back_from_disk_with_its_base_beneath(name: str, trained: Trained)
     assert not torch.equal(tuned, untouched)
     with trained.run.base() as bare:
         assert torch.equal(trained.logits(bare), untouched)
-    assert torch.equal(trained.logits(trained.run.model), tuned)
+    assert (trained.logits(trained.run.model) - tuned).abs().max() <= AGAIN
 
 
 def test_is_worn_and_taken_off(name: str, trained: Trained) -> None:
     model = base(trained)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with wearing(model, find_candidate(str(trained.folder))) as worn:
-        assert torch.equal(trained.logits(worn), trained.logits(trained.run.model))
+        assert (trained.logits(worn) - trained.logits(trained.run.model)).abs().max() <= AGAIN
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
@@ -182,8 +185,7 @@ def test_goes_on_where_it_stopped(name: str, recipe: Path, trained: Trained, tmp
     shutil.copytree(trained.folder, again)
     result = again / result_name(trained.run.recipe.method)
     result.unlink()
-    for number in ("checkpoint-3",):
-        shutil.rmtree(again / "checkpoints" / number, ignore_errors=True)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-3", ignore_errors=True)
     (again / "metrics.json").unlink()
     metrics = train(load_recipe(recipe, [f"method={METHODS[name]}"]), again)
     assert metrics["train"]["resumed_from_step"] == (None if name in FIXED else 2)
@@ -224,7 +226,7 @@ def test_dry_run_names_what_is_trained_whole(recipe: Path, tmp_path: Path) -> No
         ("{name: full, modules: attn, layers: '7'}", r"layers names \[7\]"),
         (
             "{name: lora, target_modules: [linear_1], train_projector: true}",
-            "would be trained whole and carry an adapter",
+            "cannot put LORA.*No modules",
         ),
         ("{name: unilora, target_modules: [patch_embedding]}", "cannot put UNILORA"),
     ],
@@ -244,6 +246,22 @@ def test_defaults_of_training(recipe: Path, tmp_path: Path) -> None:
     for name, rate in rates.items():
         arguments = maskft.training.training_arguments(load_recipe(path, [f"method={{name: {name}}}"]), tmp_path)
         assert (arguments.learning_rate, arguments.max_grad_norm, arguments.adam_epsilon) == (rate, 1.0, 1e-8)
+
+
+def test_the_best_checkpoint_is_kept(recipe: Path, tmp_path: Path) -> None:
+    """With a rate at which weights run away, the first checkpoint is the best one."""
+    content = json.loads(recipe.read_text())
+    content["data"]["split"] = {"validation": 0.34}
+    content["training"].update(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True)
+    content["training"].update(learning_rate=1.0, max_grad_norm=0.0, max_steps=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(content))
+    metrics = train(load_recipe(path, [f"method={METHODS['full attention']}"]), tmp_path / "run")
+    best = metrics["train"]["best_step"]
+    checkpoint = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{best}" / TRAINED)
+    saved = load_file(tmp_path / "run" / TRAINED)
+    assert saved.keys() == checkpoint.keys()
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in saved.items())
 
 
 def test_a_projector_beside_an_adapter_has_its_own_rate(recipe: Path, tmp_path: Path) -> None:
@@ -281,10 +299,12 @@ def test_bfloat16_keeps_what_is_trained_in_fp32(name: str, recipe: Path, tmp_pat
 
 
 def test_qlora_trains_in_fp32_and_merges_without_quantising_again(recipe: Path, tmp_path: Path) -> None:
-    overrides = ["method={name: lora, rank: 2}", "model.quantization=nf4", "model.dtype=bfloat16"]
+    wide = tiny_base(tmp_path / "base", width=64)  # whole blocks for kernels of 4 bits
+    overrides = ["method={name: lora, rank: 2}", "model.quantization=nf4", "model.dtype=bfloat16", f"model.base={wide}"]
     run = tmp_path / "run"
     metrics = train(load_recipe(recipe, overrides), run)
-    assert metrics["train"]["trainable_parameters"] == COUNTS["lora"]
+    ends = 2 * (128 + 96 + 96 + 128 + 3 * 192) + (16 + 64) + (64 + 64)  # q, k, v, o, gate, up, down; the projector
+    assert metrics["train"]["trainable_parameters"] == 2 * ends
     saved = load_file(run / ADAPTER)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert any((t != t.bfloat16().float()).any() for t in saved.values())  # never rounded to bf16

@@ -24,6 +24,7 @@ from maskft.methods import (
 )
 from maskft.methods import MaskMethod as MaskMethod
 from maskft.methods import ProjectorMethod as ProjectorMethod
+from maskft.shipped import find_recipe
 from maskft.yamlfile import YamlError, dump_yaml, parse_yaml, read_yaml
 
 RELATIVE_STEP = 0.002
@@ -131,11 +132,12 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as "training.max_steps=24".
+    """Read a recipe, a file or a shipped one's name, and apply overrides such as "training.max_steps=24".
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
+    path = find_recipe(path)
     try:
         content = read_yaml(path)
     except OSError as error:

@@ -47,7 +47,8 @@ def test_the_recipes_own_way_comes_first(name: str, recipe: Path) -> None:
     assert row.peak.trained == 4 * COUNTS[name]  # fp32
     assert row.peak.moments == 8 * COUNTS[name]
     assert not row.fits
-    assert any("nf4" in change.settings[0] for change in found.changes) <= (name != "full attention")
+    proposed = {setting for change in found.changes for setting in change.settings}
+    assert ("model.quantization=nf4" in proposed) <= (name in ("mask and projector", "lora", "rslora"))
 
 
 @pytest.mark.usefixtures("_alone")
@@ -63,6 +64,11 @@ def test_a_quantised_peer(recipe: Path) -> None:
     names = [row.name for row in found.rows]
     assert names[0] == "recipe: QLoRA r16, nf4"
     assert "S-MFT tight" in names
+
+
+def test_dora_beside_a_quantised_base_is_not_planned(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"Plan it with model\.quantization=none"):
+        plan(load_recipe(recipe, ["method={name: lora, variant: dora}", "model.quantization=nf4"]))
 
 
 def test_a_fixed_mask_makes_no_step(recipe: Path) -> None:

@@ -315,7 +315,13 @@ def _explain(error: Any) -> str:
     loc: Iterable[Any] = error["loc"]
     key = ".".join(str(piece) for piece in loc) or "the file"
     if error["type"] == "extra_forbidden":
-        sections = {"tune": Tune, "measure": Measure, "vary": Axis, "parameters": Parameter, "by_variant": Parameter}
+        sections: dict[str, type[BaseModel]] = {
+            "tune": Tune,
+            "measure": Measure,
+            "vary": Axis,
+            "parameters": Parameter,
+            "by_variant": Parameter,
+        }
         places = [piece for piece in list(loc)[:-1] if piece in sections]
         allowed = list((sections[places[-1]] if places else Study).model_fields)
         return f"unknown key '{key}'.{did_you_mean(str(list(loc)[-1]), allowed)} Allowed there: {', '.join(allowed)}."
