@@ -161,6 +161,18 @@ def test_bad_trials_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [result.tuned["training.learning_rate"] for result in outcome.results] == [0.1, 0.05]
 
 
+def test_seeds_are_compared(folder: Path) -> None:
+    file = write_study(folder / "seeds", variants={"soft": {}}, across=["agreement"], measure={"test": "none"})
+    outcome = run_study(file, folder / "seeds-out")
+    assert [r.seed for r in outcome.results] == [0, 1]
+    (row,) = json.loads((outcome.output / "across.json").read_text())
+    assert row["variant"] == "soft"
+    assert 0 < row["found"]["agreement"]["by chance"] < 1
+    wrong = write_study(folder / "seeds", across=["agreements"])
+    with pytest.raises(StudyError, match=r"Did you mean 'agreement'\?"):
+        run_study(wrong, folder / "seeds-out2")
+
+
 def test_a_failed_trial_of_tuning_is_told_and_the_others_decide(folder: Path, caplog: Any) -> None:
     tuning = {"parameters": {"training.adam_beta1": [0.9, 2.0]}, "trials": 2}
     file = write_study(folder / "odd", variants={"soft": {}}, tune=tuning, seeds=[0])

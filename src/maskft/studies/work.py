@@ -17,7 +17,7 @@ from typing import Any
 from maskft.errors import StudyError
 from maskft.recipe import load_recipe
 from maskft.runs import write_json
-from maskft.studies.after import analyses
+from maskft.studies.after import ACROSS, ANALYSES, compare_seeds, named
 from maskft.studies.definition import (
     Cell,
     Settings,
@@ -82,7 +82,8 @@ class Worker:
 
     def check(self) -> None:
         """Load the recipe of each cell and find the analyses, so that a mistake is told before the first run."""
-        analyses(self.study.after)
+        named(self.study.after, ANALYSES)
+        named(self.study.across, ACROSS)
         for cell in cells(self.study, {}, toy=self.toy):
             self._load(cell)
         for group in self._tuned_groups():
@@ -151,12 +152,19 @@ class Worker:
         parts = ["validation"] if measure.validation else []
         todo = {cell.key(self.recipe): cell for cell in cells(self.study, tuned, toy=self.toy)}
         first = self._stage("runs", todo, parts + (["test"] if measure.test == "all" else []), progress)
+        if self.study.across:
+            runs = compare_seeds(todo.values(), lambda cell: self._folder(cell) / "run", self.study.across)
+            write_json(self.output / "across.json", runs)
         if measure.test != "chosen":
             return first
         best = chosen_settings(first, measure.choose)
         tested = {k: c for k, c in todo.items() if c.settings in best.get(c.group, [])}
         second = self._stage("tests", tested, [*parts, "test"], progress)
         return [r for r in first if all(identity(r) != identity(t) for t in second)] + second
+
+    def _folder(self, cell: Cell) -> Path:
+        key = cell.key(self.recipe)
+        return self.output / "trials" / (f"tune.{key}" if cell.stage == "tune" else key)
 
     def _stage(self, name: str, todo: Mapping[str, Cell], parts: Sequence[str], progress: Progress) -> list[Result]:
         queue = Queue(self.storage, f"{self.name}/{name}")
@@ -197,7 +205,7 @@ class Worker:
         """One trial in its process, from the claim to its end in the storage."""
         measure = self.study.measure
         tuning = cell.stage == "tune"
-        folder = self.output / "trials" / (f"tune.{cell.key(self.recipe)}" if tuning else cell.key(self.recipe))
+        folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         job = Job(
             recipe=self.study.recipe,
