@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import maskft
+from maskft.cli.models import add_commands
 
 app = typer.Typer(
     name="maskft",
@@ -307,3 +308,6 @@ def compare(
     from maskft.cli.compare import run
 
     run(a, b, base=base, split=split, as_json=json)
+
+
+add_commands(app)
