@@ -106,6 +106,12 @@ class Measure(_Section):
     last_steps: Annotated[int, Field(gt=0)] = 50
     """The final loss is the mean over so many steps."""
 
+    @model_validator(mode="after")
+    def _can_choose(self) -> Measure:
+        if self.test == "chosen" and self.choose == "accuracy" and not self.validation:
+            raise ValueError("what is tested is chosen by accuracy on validation, so validation cannot be false")
+        return self
+
 
 class Study(_Section):
     """What varies between runs, and what is measured."""
