@@ -7,7 +7,7 @@ STAMP := .venv/.maskft-setup
 PARTS := requirements/demo-parts.txt
 PINS := requirements/constraints.txt
 
-.PHONY: setup demo test test-slow test-browser lint bench stage1 tables audit docs notebook dist
+.PHONY: setup demo test test-slow studies-smoke test-browser lint bench stage1 tables audit docs notebook dist
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ test: lint
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Every study at toy size; part of `make test`.
+studies-smoke: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/studies/test_smoke.py
 
 # Needs Chromium from the system's packages: apt-get install chromium
 test-browser: setup

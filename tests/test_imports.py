@@ -37,6 +37,7 @@ HOMES = {
     "gguf": {"vlm"},
     "onnx": {"vlm"},
     "optuna": {"studies"},
+    "sqlalchemy": {"studies"},
     "gradio": {"app"},
     "jinja2": {"report"},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from maskft.adapters.export import export_merged
 from maskft.tuner import attach_saved
+from maskft.vlm.embedded import embedded_base
 from tests.data.helpers import png
 from tests.evaluation.tiny import tiny_adapter, tiny_base
 
@@ -44,19 +46,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    """Of a server on a free port of this machine, offline and with an empty hub cache."""
-    cache = tmp_path_factory.mktemp("hub")
+    with serving(exported, tmp_path_factory.mktemp("hub")) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(folder: Path, cache: Path) -> Iterator[OpenAI]:
+    """A client of a server on a free port of this machine, offline and with an empty hub cache."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(exported)]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder)]
     options = ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
     hub = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
     log = cache / "server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, *options], env={**os.environ, **hub}, stdout=output, stderr=subprocess.STDOUT
-        )
+    with log.open("w") as to:
+        server = subprocess.Popen([*command, *options], env={**os.environ, **hub}, stdout=to, stderr=to)
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, log)
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
@@ -87,7 +92,7 @@ def data_url(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def greedy(folder: Path, image: Path) -> str:
+def greedy(folder: Path, image: Path, text: str = "what color ?") -> str:
     """What the model says when it is called in this process."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
@@ -104,9 +109,9 @@ def greedy(folder: Path, image: Path) -> str:
     return said
 
 
-def ask(client: OpenAI, model: Path, image: Path, **more: Any) -> Any:
+def ask(client: OpenAI, model: Path, image: Path, text: str = "what color ?", **more: Any) -> Any:
     return client.chat.completions.create(
-        model=str(model), messages=question(data_url(image)), temperature=0, max_tokens=TOKENS, **more
+        model=str(model), messages=question(data_url(image), text), temperature=0, max_tokens=TOKENS, **more
     )
 
 
@@ -140,3 +145,15 @@ def test_another_model_is_refused(client: OpenAI, exported: Path) -> None:
 def test_the_list_of_models_is_that_of_the_hub_cache(client: OpenAI) -> None:
     """So the folder served is not in it, which clients that ask for the list must know."""
     assert list(client.models.list()) == []
+
+
+@pytest.mark.slow
+def test_the_embedded_base_is_served(tmp_path: Path) -> None:
+    """A model whose answers are words, in bf16."""
+    asked = "Describe the image."
+    picture = png(tmp_path / "red.png", "red", size=(64, 64))
+    with serving(embedded_base(), tmp_path) as client:
+        said = ask(client, embedded_base(), picture, asked).choices[0].message.content
+    assert said == greedy(embedded_base(), picture, asked)
+    assert said.isascii()
+    assert " " in said.strip()

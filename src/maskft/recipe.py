@@ -60,7 +60,13 @@ class ModelSection(Section):
     """Run Python code that comes with the model folder. Only for folders you trust."""
 
 
-class EasyVqaData(Section):
+class _Data(Section):
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Train on so much of the training part, drawn with `share_seed`."""
+    share_seed: int = 0
+
+
+class EasyVqaData(_Data):
     """The demo's data, from the package easy-vqa."""
 
     kind: Literal["easy-vqa"]
@@ -80,7 +86,7 @@ class Split(Section):
     seed: int = 0
 
 
-class FilesData(Section):
+class FilesData(_Data):
     """LLaVA JSON, or messages + images as JSON, JSON lines, parquet or a saved Hugging Face data set."""
 
     kind: Literal["files"]

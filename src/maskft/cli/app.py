@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import maskft
+from maskft.cli import models, research, studying
 
 app = typer.Typer(
     name="maskft",
@@ -118,7 +119,12 @@ def evaluate(
     benchmark: Annotated[
         list[str] | None, typer.Option(help="all, or a comma list of gqa, mmmu, mme, pope, scienceqa, textvqa.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="The folder that holds gqa/, MMMU/, MME/, pope/ and so on.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A data file to ask instead of the run's own; with --benchmark the folder that holds gqa/, MMMU/ ..."
+        ),
+    ] = None,
     adapters: Annotated[
         list[str] | None, typer.Option(help="More runs or adapters on the same base; repeatable, or a comma list.")
     ] = None,
@@ -132,7 +138,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default the benchmark's own.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Held-out part: test (default) or validation.")] = None,
+    split: Annotated[str | None, typer.Option(help="Part: test (default), validation or train.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
     show: Annotated[int | None, typer.Option(min=0, help="Questions to show with both answers; default 6.")] = None,
     json: AsJson = False,
@@ -338,3 +344,7 @@ def compare(
     from maskft.cli.compare import run
 
     run(a, b, base=base, split=split, as_json=json)
+
+
+for part in (models, research, studying):
+    part.add_commands(app)
