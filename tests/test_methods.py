@@ -17,7 +17,7 @@ from torch import Tensor
 import maskft.training
 from maskft.adapters.export import export_merged
 from maskft.data import Collator
-from maskft.errors import AdapterError, ModelError
+from maskft.errors import AdapterError, ModelError, RecipeError
 from maskft.evaluation.candidates import find_candidate, wearing
 from maskft.evaluation.evaluate import evaluate_run
 from maskft.learnt import ADAPTER, TRAINED, result_name
@@ -270,6 +270,12 @@ def test_the_best_checkpoint_is_kept(recipe: Path, tmp_path: Path) -> None:
     saved = load_file(tmp_path / "run" / TRAINED)
     assert saved.keys() == checkpoint.keys()
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in saved.items())
+
+
+def test_one_vector_is_not_taken_to_pieces(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"whose one vector lies in all layers.*ddp\.yaml"):
+        maskft.training.training_arguments(load_recipe(recipe, [f"method={METHODS['unilora']}"]), tmp_path)
 
 
 def test_a_projector_beside_an_adapter_has_its_own_rate(recipe: Path, tmp_path: Path) -> None:

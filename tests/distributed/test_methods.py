@@ -20,8 +20,13 @@ SHORT = ("training.max_steps=4", "training.learning_rate=0.01", "training.save_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "unilora", "hira", "lora and projector", "full", "random mask"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("ddp", name) for name in ("lora", "unilora", "hira", "lora and projector", "full", "random mask")),
+        *(("fsdp2", name) for name in ("lora", "hira", "lora and projector", "full", "random mask")),
+    ],
+)
 def test_two_processes_train_as_one(kind: str, name: str, recipe: Path, tmp_path: Path) -> None:
     method = f"method={METHODS[name]}"
     train(load_recipe(recipe, [method, *SHORT]), tmp_path / "alone")
