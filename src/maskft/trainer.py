@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from trl import SFTTrainer
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.guard import GuardedTrainer
+from maskft.learnt import TRAINED, overwrite
 from maskft.mask_stats import MaskStatistics
 from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW
@@ -36,10 +38,12 @@ def make_trainer(
     log: Path,
     audit: MaskAudit,
     memory: str | None = None,
+    projector_rate: float | None = None,
 ) -> SFTTrainer:
     """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it.
 
-    `memory` is a mode of `maskft.memory` for the scores; None where the model has none.
+    `memory` is a mode of `maskft.memory` for the scores; None where the model has none. `projector_rate` is the
+    learning rate of a projector that is trained whole beside an adapter.
     """
     gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
@@ -53,7 +57,7 @@ def make_trainer(
             callbacks=[Watch(log), audit, gates],
             optimizer_cls_and_kwargs=_optimizer(model, arguments, memory),
         )
-    trainer.audit, trainer.memory = audit, memory
+    trainer.audit, trainer.memory, trainer.projector_rate = audit, memory, projector_rate
     gates.trackers = trainer.callback_handler
     if memory and trainer.accelerator.distributed_type in _WHOLE:
         use_kernels(model)
@@ -105,15 +109,19 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
     Attributes:
         audit: told the loss of the first batch and the base's on it, where the gates don't start at 1.
         memory: the scores' memory mode, if any.
+        projector_rate: learning rate of modules that are trained whole beside an adapter.
         in_backward: makes the optimizer's steps, where that is done inside the backward pass.
     """
 
     audit: MaskAudit
     memory: str | None = None
+    projector_rate: float | None = None
     in_backward: StepInBackward | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.projector_rate is not None:
+            _set_rate(optimizer, self.model, self.projector_rate)
         if not self.memory or self.accelerator.distributed_type not in _WHOLE:
             return optimizer
         if self.memory == "fast" and self.args.gradient_accumulation_steps > 1:
@@ -126,6 +134,33 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
             )
             fuse_steps(self.model, self.in_backward)
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As Trainer's; of a model without adapter only what is trained, by the names it has here.
+
+        Transformers saves some models by other names than those that it looks for when training goes on.
+        """
+        if hasattr(self.model, "peft_config") or self.accelerator.distributed_type not in _WHOLE:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+            save_file(trained, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        file = Path(resume_from_checkpoint) / TRAINED
+        if file.is_file():
+            overwrite(self.model, load_file(file))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        file = Path(self.state.best_model_checkpoint) / TRAINED
+        if file.is_file():
+            overwrite(self.model, load_file(file))
+        else:
+            super()._load_best_model()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The norm of the gradients that were used in the backward pass, each clipped there; else as Trainer's."""
@@ -158,6 +193,15 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which the averaging of gradients divides by
         return loss
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float) -> None:
+    """Give parameters of modules that are trained whole beside an adapter a learning rate of their own."""
+    whole = {p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad}
+    for group in list(optimizer.param_groups):
+        if moved := [p for p in group["params"] if p in whole]:
+            group["params"] = [p for p in group["params"] if p not in whole]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 def labelled_loss(model: Any, inputs: Mapping[str, Any], items: Any = None) -> Tensor:
