@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.analysis import by_place, checkpoints, drift, saved_masks, statistics
+from maskft.analysis.attribution import OF_ONE
 from maskft.errors import StudyError, did_you_mean
 
 Analysis = Callable[[Path], Any]
@@ -40,7 +41,7 @@ def gate_records(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-ANALYSES: dict[str, Analysis] = {"masks": masks, "drift": mask_drift, "gates": gate_records}
+ANALYSES: dict[str, Analysis] = {**OF_ONE, "masks": masks, "drift": mask_drift, "gates": gate_records}
 
 
 def analyses(names: Iterable[str]) -> dict[str, Analysis]:
