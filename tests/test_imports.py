@@ -15,7 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
-    **dict.fromkeys(("folders", "yamlfile", "checkpoints"), 1),
+    **dict.fromkeys(("folders", "yamlfile", "checkpoints", "shipped"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "stepping", "measures", "whole"), 3),
     "methods": 3.5,
@@ -37,6 +37,7 @@ HOMES = {
     "gguf": {"vlm"},
     "onnx": {"vlm"},
     "optuna": {"studies"},
+    "sqlalchemy": {"studies"},
     "gradio": {"app"},
     "jinja2": {"report"},
 }
