@@ -111,14 +111,37 @@ def test_scores_are_those_of_the_model_that_was_measured(rounded: dict[str, Any]
         assert len(card.data.eval_results) == 1
 
 
-def test_other_methods_and_other_data(tmp_path: Path) -> None:
-    recipe = {"model": {"base": "embedded"}, "method": {"name": "projector"}, "data": {"kind": "easy-vqa"}}
-    card = ModelCard(model_card(made_run(tmp_path / "stage1", recipe), adapter=True))
-    assert card.data.tags == ["maskft", "projector"]
+@pytest.mark.parametrize(
+    ("method", "library", "said"),
+    [
+        ({"name": "mask"}, "peft", "made with mask fine-tuning"),
+        ({"name": "mask", "gate": "topk", "fixed": "magnitude"}, "peft", "made with a fixed mask, not trained,"),
+        ({"name": "lora"}, "peft", "made with LoRA"),
+        ({"name": "full"}, "maskft", "The trained weights of `base`, made with full fine-tuning"),
+        ({"name": "projector"}, "maskft", "made with training of the projector"),
+    ],
+)
+def test_what_other_methods_leave(method: dict[str, Any], library: str, said: str, tmp_path: Path) -> None:
+    recipe = {"model": {"base": "/models/base"}, "method": method, "data": {"kind": "easy-vqa"}}
+    run = made_run(tmp_path / "run", recipe)
+    card = ModelCard(model_card(run, adapter=True))
+    assert card.data.library_name == library
+    assert card.data.tags == ["maskft", "mask-fine-tuning" if method["name"] == "mask" else method["name"]]
     assert card.data.base_model is None
-    assert card.data.license_name == "apache-2.0-and-mit"
-    assert "tuned with the method `projector`" in card.text
-    assert "MaskConfig" not in card.text
+    assert said in card.text
+    assert ("MaskConfig" in card.text) is (method["name"] == "mask")
+    assert ("PeftModel" in card.text) is (library == "peft")
+    assert ("maskft export path/to/this/folder" in card.text) is (library == "maskft")
+    merged = ModelCard(model_card(run))
+    assert merged.data.library_name == "transformers"
+    assert "and merged: an ordinary Transformers model" in merged.text
+
+
+def test_the_licence_of_the_embedded_base(tmp_path: Path) -> None:
+    recipe = {"model": {"base": "embedded"}, "data": {"kind": "easy-vqa"}}
+    card = ModelCard(model_card(made_run(tmp_path / "demo", recipe)))
+    assert (card.data.license, card.data.license_name) == ("other", "apache-2.0-and-mit")
+    assert "`easy-vqa`" in card.text
 
 
 def test_benchmarks(tmp_path: Path) -> None:

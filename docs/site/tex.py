@@ -75,7 +75,7 @@ class _Reader:
 
     def with_scripts(self) -> str:
         limits = self.peek().lstrip("\\") in {*LARGE, *LIMITS}
-        base, low, high = self.argument(), "", ""
+        base, low, high = self.atom(), "", ""
         while self.peek() in ("_", "^", "'"):
             mark = self.next()
             if mark == "_":

@@ -13,6 +13,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from maskft.errors import printable
+from maskft.learnt import ADAPTER, result_name
+from maskft.methods import is_fixed
 from maskft.recipe import Recipe
 from maskft.runs import read_metrics, run_recipe
 from maskft.yamlfile import YamlError, dump_yaml, parse_yaml
@@ -24,6 +26,14 @@ _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTIL
 _HEAD = 1 << 16
 _PATHS = (("model", "base"), ("data", "train"), ("data", "validation"), ("data", "test"), ("data", "image_root"))
 _ROWS = {"base": "base", "tuned": "tuned", "blind": "best guess without the image"}
+_METHODS = {
+    "mask": "mask fine-tuning",
+    "lora": "LoRA",
+    "unilora": "Uni-LoRA",
+    "hira": "HiRA",
+    "full": "full fine-tuning",
+    "projector": "training of the projector",
+}
 _METRICS = {"exact": "exact match", "vqa": "VQA accuracy", "anls": "ANLS", "f1": "F1", "choice": "option letter"}
 
 
@@ -42,7 +52,7 @@ def model_card(
 
     Args:
         run: the run's folder; recipe, metrics, environment, adapter's config and benchmark results are read from it.
-        adapter: for the adapter; otherwise for the merged model.
+        adapter: for what the run learnt, an adapter or trained weights; otherwise for the merged model.
         dtype: of the weights; None is the recipe's.
         quantization: of the merged model, such as "nf4".
         storage: of a packed adapter's scores.
@@ -118,7 +128,8 @@ def _front_matter(card: Path | None) -> Mapping[str, Any]:
 
 
 def _header(recipe: Recipe, licence: Mapping[str, str], adapter: bool, quantization: str | None) -> dict[str, Any]:
-    header: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
+    library = "transformers" if not adapter else "peft" if _has_adapter(recipe) else "maskft"
+    header: dict[str, Any] = {"library_name": library}
     if _HUB_ID.fullmatch(recipe.model.base):
         header["base_model"] = recipe.model.base
         header["base_model_relation"] = "adapter" if adapter else "quantized" if quantization else "finetune"
@@ -145,12 +156,17 @@ def _model_index(
 
 
 def _introduction(recipe: Recipe, base: str, adapter: bool, quantization: str | None) -> str:
-    method = "mask fine-tuning" if recipe.method.name == "mask" else f"the method {_code(recipe.method.name)}"
-    what = f"{_code(base)}, tuned with {method} by maskft"
+    method = "a fixed mask, not trained," if is_fixed(recipe.method) else _METHODS[recipe.method.name]
     if adapter:
-        return f"An adapter: {what}. It needs its base."
+        what = "An adapter" if _has_adapter(recipe) else "The trained weights"
+        return f"{what} of {_code(base)}, made with {method} by maskft. The base is not in here."
     few = f" Its language model is kept in {quantization}." if quantization else ""
-    return f"{what} and merged: an ordinary Transformers model.{few}"
+    return f"{_code(base)}, tuned with {method} by maskft and merged: an ordinary Transformers model.{few}"
+
+
+def _has_adapter(recipe: Recipe) -> bool:
+    """Whether what a run learnt is an adapter that PEFT loads."""
+    return result_name(recipe.method) == ADAPTER
 
 
 def _results(metrics: Mapping[str, Any], benchmarks: Mapping[str, float], rounded: str | None) -> str:
@@ -187,6 +203,8 @@ def _results(metrics: Mapping[str, Any], benchmarks: Mapping[str, float], rounde
 
 
 def _use(recipe: Recipe, base: str, adapter: bool, dtype: str) -> str:
+    if adapter and not _has_adapter(recipe):
+        return _fenced("maskft export path/to/this/folder merged/   # an ordinary Transformers model", "")
     if adapter:
         registers = ["from maskft import MaskConfig  # registers the method with PEFT"]
         lines = [

@@ -114,6 +114,7 @@ def test_tuning_by_variant() -> None:
         ({"vary": {"x": {"values": [1], "variants": ["c"]}}}, "there is no variant 'c'"),
         ({"vary": {"training.seed": [1]}}, "seeds belong under seeds"),
         ({"seeds": [1, 1]}, "a seed is given twice"),
+        ({"measure": {"test": "chosen", "validation": False}}, "validation cannot be false"),
         ({"tune": {}}, "'tune.parameters' is missing"),
         ({"tune": {"parameters": {"x": {"low": 1.0}}}}, "give a list of values, or low and high"),
         ({"tune": {"parameters": {"x": {"low": 1.0, "high": 0.5}}}}, "low must be below high"),

@@ -142,6 +142,20 @@ def test_findings_are_taken_from_their_file(tmp_path: Path) -> None:
     assert "\nIt is so.\n" in pages(tmp_path, [result("a", 0)])["s.md"]
 
 
+def test_what_seeds_have_in_common_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    row = {
+        "variant": "a",
+        "data": "",
+        "settings": {"x": 1},
+        "found": {"agreement": {"shared": 0.123456, "by chance": None}},
+    }
+    (tmp_path / "s" / "across.json").write_text(json.dumps([row]))
+    page = pages(tmp_path, [result("a", 0)])["s.md"]
+    assert line(page, "| runs") == ["runs", "agreement: shared", "agreement: by chance"]
+    assert line(page, "| a 1 ") == ["a 1", "0.1235", "not run"]
+
+
 def test_relative_steps() -> None:
     def of(**method: Any) -> float | None:
         recipe = {

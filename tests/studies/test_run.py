@@ -114,6 +114,8 @@ def test_a_repeated_call_runs_nothing_again(tuned: tuple[Path, Outcome]) -> None
     assert time.monotonic() - started < 20
     assert after.results == before.results
     assert after.tuned == before.tuned
+    assert seen[0] == ("tuning", 2, 2)
+    assert seen[-1][1] == seen[-1][2] >= 2  # tests, of centered and of the best start of soft
 
 
 def test_failures_are_told_and_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -144,6 +146,8 @@ def test_mistakes_are_told_before_the_first_run(folder: Path, monkeypatch: pytes
     with pytest.raises(StudyError, match=r"there is no analysis 'mask'\. Did you mean 'masks'"):
         run_study(file, folder / "wrong-out2")
     file = write_study(folder / "wrong", recipe="none.yaml")
+    with pytest.raises(StudyError, match="has no section tune"):
+        run_study(file, folder / "wrong-out3", trials=2)
     with pytest.raises(StudyError, match="cannot read the recipe"):
         run_study(file, folder / "wrong-out3")
 
@@ -159,6 +163,18 @@ def test_bad_trials_are_pruned(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     outcome = run_study(file, folder / "pruned-out", only_tune=True)
     assert [result.tuned["training.learning_rate"] for result in outcome.results] == [0.1, 0.05]
+
+
+def test_seeds_are_compared(folder: Path) -> None:
+    file = write_study(folder / "seeds", variants={"soft": {}}, across=["agreement"], measure={"test": "none"})
+    outcome = run_study(file, folder / "seeds-out")
+    assert [r.seed for r in outcome.results] == [0, 1]
+    (row,) = json.loads((outcome.output / "across.json").read_text())
+    assert row["variant"] == "soft"
+    assert 0 < row["found"]["agreement"]["by chance"] < 1
+    wrong = write_study(folder / "seeds", across=["agreements"])
+    with pytest.raises(StudyError, match=r"Did you mean 'agreement'\?"):
+        run_study(wrong, folder / "seeds-out2")
 
 
 def test_a_failed_trial_of_tuning_is_told_and_the_others_decide(folder: Path, caplog: Any) -> None:

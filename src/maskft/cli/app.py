@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import maskft
-from maskft.cli import research, studying
+from maskft.cli import models, research, studying
 
 app = typer.Typer(
     name="maskft",
@@ -346,5 +346,5 @@ def compare(
     run(a, b, base=base, split=split, as_json=json)
 
 
-research.add_commands(app)
-studying.add_commands(app)
+for part in (models, research, studying):
+    part.add_commands(app)

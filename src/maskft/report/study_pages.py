@@ -64,8 +64,16 @@ def rows(study: Study, results: Sequence[Result]) -> list[Row]:
     return list(found.values())
 
 
-def page(name: str, study: Study, results: Sequence[Result], findings: str) -> str:
-    """The page as Markdown."""
+def page(
+    name: str, study: Study, results: Sequence[Result], findings: str, across: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        name: of the study's file.
+        findings: in words.
+        across: content of across.json.
+    """
     lines = [f"# {study.title}", "", *_paragraphs(study.question)]
     found = rows(study, results)
     if findings.strip():
@@ -73,6 +81,8 @@ def page(name: str, study: Study, results: Sequence[Result], findings: str) -> s
     lines += [*_table(study, found), ""]
     if picture(study, found):
         lines += [f"![{study.title}]({name}.svg)", ""]
+    if across:
+        lines += ["## Between seeds", "", *_between(across), ""]
     lines += ["## How it was made", "", "```", f"maskft study studies/{name}.yaml", "```", ""]
     made = [result for result in results if result.stage == "run"]
     if made:
@@ -168,7 +178,9 @@ def made(file: Path, out: Path) -> dict[Path, str]:
     results = read_results(folder / "results")
     findings = folder / "findings.md"
     said = findings.read_text(encoding="utf-8") if findings.is_file() else ""
-    content = {out / f"{file.stem}.md": page(file.stem, study, results, said)}
+    compared = folder / "across.json"
+    across = json.loads(compared.read_text(encoding="utf-8")) if compared.is_file() else []
+    content = {out / f"{file.stem}.md": page(file.stem, study, results, said, across)}
     if drawn := picture(study, rows(study, results)):
         content[out / f"{file.stem}.svg"] = drawn
     return content
@@ -199,6 +211,21 @@ def _table(study: Study, found: Sequence[Row]) -> list[str]:
         lines.append(f"| {' | '.join([*own, *told])} |")
     note = "Accuracy: mean over runs, in brackets its 95 % interval"
     return [*lines, "", f"{note}, from resampling runs and questions; with one run, of its questions."]
+
+
+def _between(across: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What runs that differ in their seeds have in common, a line for each variant, data set and axis values."""
+    columns = list(
+        dict.fromkeys((name, key) for row in across for name, found in row["found"].items() for key in found)
+    )
+    head = ["runs", *(f"{name}: {key}" for name, key in columns)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in across:
+        settings = (_value(value) for value in row["settings"].values())
+        values = (row["found"].get(name, {}).get(key) for name, key in columns)
+        told = (NOT_RUN if value is None else f"{value:.4g}" for value in values)
+        lines.append(f"| {' '.join(filter(None, (row['variant'], row['data'], *settings)))} | {' | '.join(told)} |")
+    return lines
 
 
 def _costs(row: Row) -> list[str]:

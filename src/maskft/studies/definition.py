@@ -106,6 +106,12 @@ class Measure(_Section):
     last_steps: Annotated[int, Field(gt=0)] = 50
     """The final loss is the mean over so many steps."""
 
+    @model_validator(mode="after")
+    def _can_choose(self) -> Measure:
+        if self.test == "chosen" and self.choose == "accuracy" and not self.validation:
+            raise ValueError("what is tested is chosen by accuracy on validation, so validation cannot be false")
+        return self
+
 
 class Study(_Section):
     """What varies between runs, and what is measured."""
@@ -125,6 +131,8 @@ class Study(_Section):
     measure: Measure = Measure()
     after: list[str] = []
     """Analyses of each finished run, by their names in maskft.studies.after."""
+    across: list[str] = []
+    """Analyses of runs that differ in their seeds, likewise."""
     plot: str | None = None
     """What the page draws: accuracy against a key of `vary` or against `rho`; training loss against `step`; `gap`,
     accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation with the last
@@ -135,9 +143,9 @@ class Study(_Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Study:
-        named = {**self.environment, **(self.tune.by_variant if self.tune else {})}
+        named = [*self.environment, *(self.tune.by_variant if self.tune else ())]
         for key, axis in self.vary.items():
-            named.update(dict.fromkeys(axis.variants or ()))
+            named += axis.variants or []
             if key == SEED:
                 raise ValueError("seeds belong under seeds, not under vary")
         for name in named:

@@ -8,12 +8,14 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from maskft.errors import StudyError
+from maskft.studies.trial import MISTAKE
 
 POLL = 2.0
 """Seconds between looks at a trial."""
@@ -129,3 +131,26 @@ class TrialProcess:
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+def last_words(code: int, output: Path) -> str:
+    """Why a trial failed, from the end of what it printed."""
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
+    if code < 0:
+        return f"ended by signal {-code} ({signal.Signals(-code).name}); if it was out of memory, see maskft plan"
+    if code == MISTAKE and (said := [n for n, line in enumerate(lines) if line.startswith("maskft: ")]):
+        return "\n".join(lines[said[-1] :]).removeprefix("maskft: ")
+    return f"{lines[-1] if lines else 'it said nothing'} (all of it in {output})"
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, interrupts as Ctrl-C does. Only in a main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

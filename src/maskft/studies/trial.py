@@ -68,7 +68,7 @@ def work(job: Job) -> Result:
     """
     import torch
 
-    from maskft.studies.after import analyses
+    from maskft.studies.after import ANALYSES, named
     from maskft.training import LOG, train
 
     started = time.monotonic()
@@ -87,7 +87,7 @@ def work(job: Job) -> Result:
             if part not in there["parts"]:
                 raise StudyError(f"the data has no {part} part; it has {', '.join(there['parts'])}.")
             parts[part] = _answered(run, recipe, part, None, job.shared)
-        after = {name: analyse(run) for name, analyse in analyses(job.after).items()}
+        after = {name: analyse(run) for name, analyse in named(job.after, ANALYSES).items()}
     log = json.loads((run / LOG).read_text(encoding="utf-8")) if (run / LOG).is_file() else []
     made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     result = Result(
@@ -149,8 +149,8 @@ def _answered(run: Path, recipe: Recipe, part: str, limit: int | None, shared: P
     if before is None:
         write_json(known, [record["base"] for record in records])
     outcomes = scored(scores["metric"], [record["tuned"] for record in records], records)
-    three = {name: Score(**scores[name]) for name in ("tuned", "base", "blind")}
-    return Part(**three, outcomes=packed_outcomes(outcomes))
+    tuned, base, blind = (Score(**scores[name]) for name in ("tuned", "base", "blind"))
+    return Part(tuned=tuned, base=base, blind=blind, outcomes=packed_outcomes(outcomes))
 
 
 def _parts_there(recipe: Recipe, shared: Path) -> dict[str, Any]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 from maskft.errors import StudyError
 from maskft.recipe import load_recipe
 from maskft.runs import write_json
-from maskft.studies.after import analyses
+from maskft.studies.after import ACROSS, ANALYSES, compare_seeds, named
 from maskft.studies.definition import (
     Cell,
     Settings,
@@ -29,11 +26,11 @@ from maskft.studies.definition import (
     tuned_parameters,
     tuning_cell,
 )
-from maskft.studies.process import POLL, Processes
+from maskft.studies.process import POLL, Processes, last_words, terminable
 from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, storage_at, suggest
 from maskft.studies.results import Result, chosen_settings, identity, result_name, write_result
 from maskft.studies.toy import toy_base
-from maskft.studies.trial import MISTAKE, OUTPUT, PAUSED, Job
+from maskft.studies.trial import OUTPUT, PAUSED, Job
 from maskft.studies.trial import RESULT as RESULT_FILE
 
 logger = logging.getLogger(__name__)
@@ -82,7 +79,8 @@ class Worker:
 
     def check(self) -> None:
         """Load the recipe of each cell and find the analyses, so that a mistake is told before the first run."""
-        analyses(self.study.after)
+        named(self.study.after, ANALYSES)
+        named(self.study.across, ACROSS)
         for cell in cells(self.study, {}, toy=self.toy):
             self._load(cell)
         for group in self._tuned_groups():
@@ -120,10 +118,10 @@ class Worker:
                 seed=tune.seed,
                 pruner=tune.pruner,
             )
-            named = {json.dumps(point) if point else f"{n:03d}": point for n, point in enumerate(values)}
-            queue.plan(named, failed_too=False)
+            planned = {json.dumps(point) if point else f"{n:03d}": point for n, point in enumerate(values)}
+            queue.plan(planned, failed_too=False)
             if not any(trial.state.name == "COMPLETE" for trial in queue.trials().values()):
-                queue.plan(named, failed_too=True)
+                queue.plan(planned, failed_too=True)
             queues[group] = queue
 
         def work(queue: Queue, trial: Any) -> None:
@@ -151,12 +149,19 @@ class Worker:
         parts = ["validation"] if measure.validation else []
         todo = {cell.key(self.recipe): cell for cell in cells(self.study, tuned, toy=self.toy)}
         first = self._stage("runs", todo, parts + (["test"] if measure.test == "all" else []), progress)
+        if self.study.across:
+            runs = compare_seeds(todo.values(), lambda cell: self._folder(cell) / "run", self.study.across)
+            write_json(self.output / "across.json", runs)
         if measure.test != "chosen":
             return first
         best = chosen_settings(first, measure.choose)
         tested = {k: c for k, c in todo.items() if c.settings in best.get(c.group, [])}
         second = self._stage("tests", tested, [*parts, "test"], progress)
         return [r for r in first if all(identity(r) != identity(t) for t in second)] + second
+
+    def _folder(self, cell: Cell) -> Path:
+        key = cell.key(self.recipe)
+        return self.output / "trials" / (f"tune.{key}" if cell.stage == "tune" else key)
 
     def _stage(self, name: str, todo: Mapping[str, Cell], parts: Sequence[str], progress: Progress) -> list[Result]:
         queue = Queue(self.storage, f"{self.name}/{name}")
@@ -181,6 +186,8 @@ class Worker:
     ) -> None:
         """Work on trials of the queues until all of them, also those of other workers, have ended."""
         while True:
+            states = [trial.state for queue in queues for trial in queue.trials().values()]
+            progress(stage, sum(state.is_finished() for state in states), len(states))
             for queue in queues:
                 queue.revive()
                 if (trial := queue.claim()) is not None:
@@ -190,14 +197,12 @@ class Worker:
                 if not open_queues(queues):
                     return
                 time.sleep(POLL)
-            states = [trial.state for queue in queues for trial in queue.trials().values()]
-            progress(stage, sum(state.is_finished() for state in states), len(states))
 
     def _run(self, queue: Queue, trial: Any, cell: Cell, parts: Sequence[str]) -> None:
         """One trial in its process, from the claim to its end in the storage."""
         measure = self.study.measure
         tuning = cell.stage == "tune"
-        folder = self.output / "trials" / (f"tune.{cell.key(self.recipe)}" if tuning else cell.key(self.recipe))
+        folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         job = Job(
             recipe=self.study.recipe,
@@ -249,7 +254,7 @@ class Worker:
         elif code == PAUSED:
             queue.fail(trial, None)
         else:
-            queue.fail(trial, _last_words(code, folder / OUTPUT))
+            queue.fail(trial, last_words(code, folder / OUTPUT))
 
 
 def run_study(
@@ -280,7 +285,9 @@ def run_study(
         MissingExtraError: Optuna is not installed.
     """
     study = load_study(path)
-    if trials is not None and study.tune is not None:
+    if trials is not None:
+        if study.tune is None:
+            raise StudyError(f"--trials is for studies that tune, and {path} has no section tune. Leave it out.")
         study = study.model_copy(update={"tune": study.tune.model_copy(update={"trials": trials})})
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
@@ -288,7 +295,7 @@ def run_study(
     with storage_at(storage or f"sqlite:///{output / 'study.db'}", heartbeat) as opened, Processes(errors) as processes:
         worker = Worker(path, study, output, opened, processes, toy=toy)
         worker.check()
-        with _terminable():
+        with terminable():
             tuned = worker.tune(progress)
             results = [] if only_tune else worker.run(tuned, progress)
         outcome = Outcome([*worker.tuning, *results], worker.failures(), tuned, output)
@@ -317,26 +324,3 @@ def _should_prune(trial: Any, log: Path, reported: set[int]) -> bool:
             reported.add(entry["step"])
             trial.report(-entry["loss"], entry["step"])  # the larger the better, as are the values
     return bool(reported) and bool(trial.should_prune())
-
-
-def _last_words(code: int, output: Path) -> str:
-    """Why a trial failed, from the end of what it printed."""
-    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if output.is_file() else []
-    if code < 0:
-        return f"ended by signal {-code} ({signal.Signals(-code).name}); if it was out of memory, see maskft plan"
-    if code == MISTAKE and (said := [n for n, line in enumerate(lines) if line.startswith("maskft: ")]):
-        return "\n".join(lines[said[-1] :]).removeprefix("maskft: ")
-    return f"{lines[-1] if lines else 'it said nothing'} (all of it in {output})"
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, as schedulers send it, interrupts as Ctrl-C does. Only in a main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
