@@ -35,6 +35,7 @@ class Text:
 
     @property
     def sha256(self) -> str:
+        """Of the content in UTF-8, as hexadecimal digits."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
