@@ -73,8 +73,26 @@ def plan_check() -> str:
     return table(head, [[*what, *numbers] for what, numbers in found.items()])
 
 
+def plan_ranks() -> str:
+    """Predicted and measured peaks of one of several processes."""
+    found = {}
+    for row in read("plan_ranks.csv"):
+        step = f"{row['rows']} x {row['tokens']}, {row['ranks']} processes"
+        found[f"{row['base']}, {row['method']}", step] = [row["predicted_mb"], row["measured_mb"], row["ratio"]]
+    head = ["base, method", "rows x tokens", "predicted MB", "measured MB", "ratio"]
+    return table(head, [[*what, *numbers] for what, numbers in found.items()])
+
+
+def plan_large() -> str:
+    """Predicted peaks of one of eight GPUs, by part, in GB."""
+    found = {(row["base"], row["method"]): row for row in read("plan_large.csv")}
+    parts = ("base", "trained", "moments", "gradients", "gathered", "activations", "total")
+    head = ["base, method", *parts]
+    return table(head, [[", ".join(what), *(row[part] for part in parts)] for what, row in found.items()])
+
+
 TABLES = {"step.csv": step, "memory.csv": memory, "adapter.csv": adapter}
-PLAN_TABLES = {"plan_check.csv": plan_check}
+PLAN_TABLES = {"plan_check.csv": plan_check, "plan_ranks.csv": plan_ranks, "plan_large.csv": plan_large}
 
 
 def render(page: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

@@ -20,7 +20,7 @@ LEVELS = {
     **dict.fromkeys(("tuner", "optim", "stepping", "measures", "whole"), 3),
     "methods": 3.5,
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit", "memory", "learnt"), 4),
-    **dict.fromkeys(("runs", "inspection", "guard", "mask_stats"), 5),
+    **dict.fromkeys(("runs", "inspection", "guard", "mask_stats", "sharded"), 5),
     "trainer": 6,
     "training": 7,
     **dict.fromkeys(("evaluation", "plan", "card"), 8),

@@ -22,6 +22,7 @@ from maskft.errors import AdapterError, gathered
 from maskft.methods import FullMethod, MaskMethod, Method, ProjectorMethod, is_fixed
 from maskft.tuner import attach_adapter, take_off
 from maskft.tuner.sharding import is_first_process, is_sharded, whole
+from maskft.tuner.stream import save_in_pieces, write_joined
 from maskft.whole import find_projector
 
 ADAPTER = "adapter_model.safetensors"
@@ -110,6 +111,9 @@ def save_result(method: Method, model: Any, output: Path, *, dtype: torch.dtype,
     """
     home = find_projector(model) if isinstance(method, ProjectorMethod) else model
     parameters = dict(home.named_parameters(remove_duplicate=False))
+    if isinstance(method, MaskMethod | FullMethod) and any(map(is_sharded, parameters.values())):
+        _save_in_pieces(method, model, output, dtype, say)
+        return
     made = {p: _kept(whole(p)) for p in home.parameters() if p.requires_grad}
     state = {name: made[p] for name, p in parameters.items() if p in made}
     if not is_first_process():
@@ -126,16 +130,38 @@ def save_result(method: Method, model: Any, output: Path, *, dtype: torch.dtype,
         return
     staging = output / ".adapter"
     shutil.rmtree(staging, ignore_errors=True)
-    packed = isinstance(method, MaskMethod) and method.storage == "bits"
-    if packed and any(map(is_sharded, parameters.values())):
-        say(
-            f"scores are saved in full, since a mask needs whole weights. Next: maskft pack {output} NEW --storage bits"
-        )
-    else:
-        model.requires_grad_(False)  # training is over: scores are written as method.storage says
+    model.requires_grad_(False)  # training is over: scores are written as method.storage says
     model.save_pretrained(staging, **({} if is_fixed(method) else {"state_dict": state}))
+    _publish(staging)
+
+
+def _save_in_pieces(
+    method: MaskMethod | FullMethod, model: Any, output: Path, dtype: torch.dtype, say: Callable[[str], None]
+) -> None:
+    """As `save_result`, one tensor after the other into the file, so that no process holds all that was trained."""
+    if isinstance(method, FullMethod):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        part = output / f"{TRAINED}.part"
+        write_joined(part, trained, dtype)
+        if is_first_process():
+            part.replace(output / TRAINED)
+        return
+    staging = output / ".adapter"
+    if is_first_process():
+        shutil.rmtree(staging, ignore_errors=True)
+    save_in_pieces(model, staging)
+    if not is_first_process():
+        return
+    _publish(staging)
+    if method.storage != "float32":
+        packed = f"maskft pack {output} NEW --storage {method.storage}"
+        say(f"scores are saved in full, since they are in pieces here. Next: {packed}")
+
+
+def _publish(staging: Path) -> None:
+    """Move a whole adapter into the folder around its own."""
     for name in ("adapter_config.json", ADAPTER):  # the weights last: they mark a finished run
-        (staging / name).replace(output / name)
+        (staging / name).replace(staging.parent / name)
     shutil.rmtree(staging)
 
 

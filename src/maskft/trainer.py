@@ -24,6 +24,7 @@ from maskft.mask_stats import MaskStatistics
 from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW
 from maskft.runs import write_json
+from maskft.sharded import ShardedTrainer
 from maskft.stepping import StepInBackward
 from maskft.tuner import kept_scores
 
@@ -39,11 +40,13 @@ def make_trainer(
     audit: MaskAudit,
     memory: str | None = None,
     projector_rate: float | None = None,
+    shares: Any = None,
 ) -> SFTTrainer:
     """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it.
 
     `memory` is a mode of `maskft.memory` for the scores; None where the model has none. `projector_rate` is the
-    learning rate of a projector that is trained whole beside an adapter.
+    learning rate of a projector that is trained whole beside an adapter. `shares` hold the base's values where the
+    model has none yet, see `maskft.sharded`.
     """
     gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
@@ -57,7 +60,7 @@ def make_trainer(
             callbacks=[Watch(log), audit, gates],
             optimizer_cls_and_kwargs=_optimizer(model, arguments, memory),
         )
-    trainer.audit, trainer.memory, trainer.projector_rate = audit, memory, projector_rate
+    trainer.audit, trainer.memory, trainer.projector_rate, trainer.shares = audit, memory, projector_rate, shares
     gates.trackers = trainer.callback_handler
     if memory and trainer.accelerator.distributed_type in _WHOLE:
         use_kernels(model)
@@ -98,7 +101,7 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 """Ways to train in which each process has the whole model."""
 
 
-class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
+class LabelledPositionsTrainer(GuardedTrainer, ShardedTrainer, SFTTrainer):
     """SFTTrainer whose loss on a CPU computes logits only where there is a label.
 
     There, TRL's own loss projects every position on the whole vocabulary in fp32, which is half of a step of a small
@@ -122,6 +125,7 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.projector_rate is not None:
             _set_rate(optimizer, self.model, self.projector_rate)
+        self.keep_order(optimizer)
         if not self.memory or self.accelerator.distributed_type not in _WHOLE:
             return optimizer
         if self.memory == "fast" and self.args.gradient_accumulation_steps > 1:

@@ -34,10 +34,11 @@ from maskft.runs import (
     write_atomically,
     write_json,
 )
+from maskft.sharded import load_base
 from maskft.trainer import make_trainer
 from maskft.tuner import attach
 from maskft.tuner.sharding import full_shape, is_first_process
-from maskft.vlm.load import load_model, load_processor
+from maskft.vlm.load import load_processor
 from maskft.whole import find_projector, find_projector_names, train_whole, whole_parameters
 
 LOG = "log.json"
@@ -164,6 +165,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
         audit=MaskAudit(strict=recipe.audit.strict),
         memory=recipe.method.memory if isinstance(recipe.method, MaskMethod) else None,
         projector_rate=getattr(recipe.method, "projector_learning_rate", None),
+        shares=ready.shares,
     )
     guard.watch(trainer)
     checkpoint, passed_over = newest_sound(output / CHECKPOINTS)
@@ -240,6 +242,7 @@ class _Ready:
     parts: dict[str, Any]
     processor: Any
     model: Any
+    shares: Any
     longest: int
     base_parameters: int
     trainable: int
@@ -257,19 +260,13 @@ def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
         summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
         say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
         longest = max(longest, summary.longest or 0)
-    model = load_model(
-        section.base,
-        dtype=section.dtype,
-        attention=section.attention,
-        trust_remote_code=section.trust_remote_code,
-        quantization=section.quantization,
-    )
+    model, shares = load_base(section, recipe.method, say)
     unseen = sum(full_shape(p).numel() - p.numel() for p in model.parameters())  # in other processes
     base_parameters = model.num_parameters() + unseen  # also of a quantised model, whose tensors are packed
     set_seed(arguments.seed)  # hard masks may start random
     model = _made_trainable(model, recipe.method)
     trainable = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
-    return _Ready(arguments, parts, processor, model, longest, base_parameters, trainable)
+    return _Ready(arguments, parts, processor, model, shares, longest, base_parameters, trainable)
 
 
 def _require_validation(arguments: Any, parts: Mapping[str, Any]) -> None:

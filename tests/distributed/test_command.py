@@ -78,6 +78,7 @@ def check_training(kind: str, recipe: Path, alone: list[float], run: Path) -> No
     assert result["train"]["trainable_parameters"] == 5120
     assert done.stderr.count("training 5,120 parameters beside a base of 28,912") == 1
     torch.testing.assert_close(torch.tensor(losses(run)), torch.tensor(alone), rtol=0, atol=1e-5)
+    assert ("each of 2 processes reads its share" in done.stderr) == (kind == "fsdp2")
     assert load_run(run).folder == run  # on one process, where the base is checked
 
 

@@ -49,7 +49,7 @@ class BaseWeights(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self._layers = {
-            _base_name(name, module): module
+            base_name(name, module): module
             for name, module in model.named_modules()
             if isinstance(module, MaskLayer) and adapter_name in module.mask_layout
         }
@@ -68,7 +68,7 @@ class BaseWeights(Mapping[str, Tensor]):
         return len(self._layers)
 
 
-def _base_name(name: str, module: MaskLayer) -> str:
+def base_name(name: str, module: MaskLayer) -> str:
     """The masked parameter's place in the base model; a layer's weight goes by the name of its layer."""
     bare = name.removeprefix("base_model.model.").replace(".base_layer", "")
     return f"{bare}.{module.parameter_name}" if isinstance(module, ParamWrapper) else bare

@@ -28,7 +28,7 @@ def load_processor(base: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoProcessor
 
-    source = _source(base)
+    source = source_of(base)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -64,7 +64,7 @@ def load_model(
     """
     from transformers import AutoModelForImageTextToText
 
-    source = _source(base)
+    source = source_of(base)
     if quantization != "none":
         require_quantizer(quantization, "model.quantization")
     try:
@@ -110,7 +110,7 @@ def load_skeleton(base: str, *, dtype: str, attention: str | None = None, trust_
     )
 
     try:
-        config = AutoConfig.from_pretrained(_source(base), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source_of(base), trust_remote_code=trust_remote_code)
         sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or hasattr(config, "vision_config")
         auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         with torch.device("meta"):
@@ -171,7 +171,7 @@ def _layers_to_keep(source: str, base: str, trust_remote_code: bool) -> list[str
     return list(keep(model, ""))
 
 
-def _source(base: str) -> str:
+def source_of(base: str) -> str:
     """What Transformers loads for `base`: a folder that has been found, or a hub id."""
     if base in _EMBEDDED:
         return str(embedded_base(aligned=_EMBEDDED[base]))
