@@ -17,7 +17,7 @@ from torch import Tensor
 import maskft.training
 from maskft.adapters.export import export_merged
 from maskft.data import Collator
-from maskft.errors import AdapterError, ModelError
+from maskft.errors import AdapterError, ModelError, RecipeError
 from maskft.evaluation.candidates import find_candidate, wearing
 from maskft.evaluation.evaluate import evaluate_run
 from maskft.learnt import ADAPTER, TRAINED, result_name
@@ -28,6 +28,7 @@ from maskft.training import preview, train
 from maskft.vlm.load import load_model
 from tests.evaluation.tiny import tiny_base
 from tests.faults.tiny_run import write_recipe
+from tests.test_cli import call
 
 PROJECTOR = "scope: [language], train_projector: true"
 METHODS = {
@@ -46,7 +47,7 @@ METHODS = {
     "full by name": "{name: full, target_modules: [embed_tokens, lm_head]}",
     "projector": "{name: projector}",
 }
-QUICK = ("random mask", "lora", "lora and projector", "unilora", "hira", "full")
+QUICK = ("random mask", "lora and projector", "unilora", "full")
 FIXED = ("random mask", "magnitude mask")
 LAYER = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16), "gate": (32, 16), "up": (32, 16), "down": (16, 32)}
 """Shapes (out, in) of a layer of the tiny language model, which has two."""
@@ -271,6 +272,12 @@ def test_the_best_checkpoint_is_kept(recipe: Path, tmp_path: Path) -> None:
     assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in saved.items())
 
 
+def test_one_vector_is_not_taken_to_pieces(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"whose one vector lies in all layers.*ddp\.yaml"):
+        maskft.training.training_arguments(load_recipe(recipe, [f"method={METHODS['unilora']}"]), tmp_path)
+
+
 def test_a_projector_beside_an_adapter_has_its_own_rate(recipe: Path, tmp_path: Path) -> None:
     """With a rate next to nothing the projector stays, whatever the adapter's rate is."""
     method = f"{{name: lora, rank: 2, projector_learning_rate: 1e-30, {PROJECTOR}}}"
@@ -346,6 +353,35 @@ def test_evaluation_compares_with_the_base(recipe: Path, tmp_path: Path) -> None
         scores, records = evaluate_run(run)
         assert scores["test_examples"] == len(records) == 6
         assert {"base", "tuned", "blind"} <= set(scores)
+
+
+@pytest.mark.parametrize(
+    ("method", "refusal"),
+    [
+        ("{name: lora}", "holds an adapter of method LORA, not MASK"),
+        ("{name: full}", "holds weights that were trained whole (trained_weights.safetensors), and no mask"),
+    ],
+)
+def test_commands(
+    method: str,
+    refusal: str,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, changes = tmp_path / "run", (f"method={method}", "training.max_steps=1")
+    assert call(monkeypatch, "train", recipe, "--output", run, *changes) == 0
+    shown = capsys.readouterr().out
+    assert "trained 1 steps" in shown
+    assert result_name(load_recipe(recipe, changes).method) in shown.replace("\n", "")
+    for command in (["inspect", run], ["pack", run, tmp_path / "packed", "--storage", "int8"]):
+        assert call(monkeypatch, *command) == 2
+        assert refusal in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, "ask", run, recipe.parent / "0.png", "shape ?", "--json") == 0
+    assert {"base", "tuned"} <= set(json.loads(capsys.readouterr().out))
+    assert "it has no mask" in (run / "report.html").read_text()
+    assert (run / "README.md").is_file() == ("lora" in method)
 
 
 class TestDamaged:

@@ -94,10 +94,10 @@ def data_url(path: Path) -> str:
 
 def greedy(folder: Path, image: Path, text: str = "what color ?") -> str:
     """What the model says when it is called in this process."""
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()  # as the server does
     processor = AutoProcessor.from_pretrained(folder)
     inputs = processor.apply_chat_template(
-        question(str(image), local=True),
+        question(str(image), text, local=True),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

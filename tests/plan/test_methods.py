@@ -26,6 +26,8 @@ NAMES = {
     "projector": "recipe: projector",
 }
 
+QUICK = ("lora and projector", "unilora", "full attention", "projector")
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,7 +40,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_peers", lambda *_: ())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES])
 @pytest.mark.usefixtures("_alone")
 def test_the_recipes_own_way_comes_first(name: str, recipe: Path) -> None:
     found = plan(load_recipe(recipe, [f"method={METHODS[name]}"]), budget=1000)
@@ -59,11 +61,14 @@ def test_full_fine_tuning_of_all_but_the_vision_encoder(recipe: Path) -> None:
     assert found.rows[0].peak.trained == 4 * trained
 
 
-def test_a_quantised_peer(recipe: Path) -> None:
+@pytest.mark.slow
+def test_other_ways_to_train_the_layers_of_a_peer(recipe: Path) -> None:
     found = plan(load_recipe(recipe, ["method={name: lora, layers: '1'}", "model.quantization=nf4"]))
     names = [row.name for row in found.rows]
     assert names[0] == "recipe: QLoRA r16, nf4"
-    assert "S-MFT tight" in names
+    assert {"S-MFT tight", "H-MFT fast", "full, fp32"} <= set(names)
+    lora = next(row for row in found.rows if row.name == "QLoRA r16, nf4")
+    assert lora.peak.trained == found.rows[0].peak.trained
 
 
 def test_dora_beside_a_quantised_base_is_not_planned(recipe: Path) -> None:

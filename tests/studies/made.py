@@ -24,7 +24,7 @@ def write_study(folder: Path, **content: Any) -> Path:
         image = Image.new("RGB", (28, 28), colour)
         image.putpixel((i, 0), (0, 0, 0))
         image.save(folder / f"{i}.png")
-        rows.append(llava("<image>\nshape ?", colour, image=f"{i}.png"))
+        rows.append(llava("<image>\nshape ?", colour, image=f"{i}.png", id=str(i)))
     recipe = {
         "model": {"base": str(folder / "base"), "dtype": "float32"},
         "data": {

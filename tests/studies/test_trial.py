@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,17 +51,6 @@ def job(folder: Path, *overrides: str, **changes: Any) -> trial.Job:
     return trial.Job.model_validate({**given, **changes})
 
 
-@pytest.fixture
-def streams() -> Iterator[None]:
-    """stdin, stdout and stderr as they are now, and what Ctrl-C does, are put back at the end."""
-    kept, interrupt = [os.dup(number) for number in range(3)], signal.getsignal(signal.SIGINT)
-    yield
-    for number, copy in enumerate(kept):
-        os.dup2(copy, number)
-        os.close(copy)
-    signal.signal(signal.SIGINT, interrupt)
-
-
 def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
     given = job(tmp_path)
     first = trial.work(given)
@@ -83,33 +70,17 @@ def test_a_part_that_is_not_there(tmp_path: Path) -> None:
         trial.work(given)
 
 
-def test_what_goes_wrong_is_in_the_output(tmp_path: Path, streams: None) -> None:
+def test_what_goes_wrong_is_in_the_output(tmp_path: Path) -> None:
     path = tmp_path / "trial" / "job.json"
-    given = job(tmp_path, "model.base=/none/such")
-    path.write_text(given.model_dump_json())
-    assert trial.run_job(path) == trial.MISTAKE
-    path.write_text("{}")
-    assert trial.run_job(path) == trial.FAULT
+    path.parent.mkdir()
+    path.write_text(job(tmp_path, "model.base=/none/such").model_dump_json())
+    with Processes(tmp_path / "errors.txt") as processes:
+        assert processes.run(path, {}, lambda: True) == trial.MISTAKE
+        path.write_text("{}")
+        assert processes.run(path, {}, lambda: True) == trial.FAULT
     said = (tmp_path / "trial" / "output.txt").read_text()
     assert "maskft: model.base is '/none/such'" in said
     assert "Traceback" in said
-
-
-@pytest.mark.parametrize("forks", [True, False])
-def test_jobs_are_read_from_stdin(tmp_path: Path, streams: None, forks: bool) -> None:
-    (tmp_path / "job.json").write_text("{}")
-    ask, answer = os.pipe(), os.pipe()
-    os.write(ask[1], f"{tmp_path / 'job.json'}\n".encode())
-    os.close(ask[1])
-    os.dup2(ask[0], 0)
-    os.dup2(answer[1], 1)
-    trial.main([] if forks else ["--once"])
-    os.close(answer[1])
-    os.dup2(2, 1)
-    started, ended = os.read(answer[0], 100).decode().splitlines()
-    assert (int(started.removeprefix("started ")) == os.getpid()) != forks
-    # a child whose stdin is closed is asked to end, which it may do before it has looked at its job
-    assert ended in (f"ended {trial.FAULT}", f"ended {-signal.SIGTERM}")
 
 
 def test_where_forking_is_not_safe_a_process_takes_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from maskft.errors import StudyError
 from maskft.recipe import Recipe, load_recipe
+from maskft.runs import load_data
 from maskft.studies.tune import searched, study_of, tune
 from tests.studies.made import write_study
 from tests.test_cli import call
@@ -70,3 +71,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
     assert new.read_text() == text
     with pytest.raises(StudyError, match=r"--share is 1\.5"):
         tune(given, tmp_path / "x.yaml", trials=1, share=1.5, work=tmp_path / "w")
+
+
+def test_a_share_of_the_training_rows(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    whole = load_data(load_recipe(tmp_path / "recipe.yaml"))
+    half, same, other = (
+        load_data(load_recipe(tmp_path / "recipe.yaml", ["data.share=0.5", f"data.share_seed={seed}"]))
+        for seed in (0, 0, 1)
+    )
+    assert half["train"]["id"] == same["train"]["id"] != other["train"]["id"]
+    assert len(half["train"]) == len(whole["train"]) // 2
+    assert set(half["train"]["id"]) < set(whole["train"]["id"])
+    assert half["validation"]["id"] == whole["validation"]["id"]
+    assert len(load_data(load_recipe(tmp_path / "recipe.yaml", ["data.share=0.001"]))["train"]) == 1

@@ -149,6 +149,13 @@ def test_a_chat_template_where_there_is_none(folder: Path, tmp_path: Path) -> No
     assert processor.apply_chat_template(messages) == expected
 
 
+def test_it_ends_where_the_tokenizer_does(folder: Path, tmp_path: Path) -> None:
+    language("llama", tmp_path / "lm", eos_token_id=None)
+    compose(str(folder / "siglip"), str(tmp_path / "lm"), tmp_path / "out")
+    settings = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").generation_config
+    assert settings.eos_token_id == settings.pad_token_id == 0
+
+
 def test_projectors(folder: Path, tmp_path: Path) -> None:
     parts = (str(folder / "clip"), str(folder / "llama"))
     compose(*parts, tmp_path / "a", projector="linear", vision_layer=1)

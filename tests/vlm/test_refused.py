@@ -13,14 +13,18 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     ResNetConfig,
+    ResNetModel,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
     SwinConfig,
     SwinModel,
+    ViTConfig,
 )
 
 from maskft.errors import ModelError, RunError
@@ -80,9 +84,18 @@ class TestRefused:
         (tmp_path / "swin" / "preprocessor_config.json").write_text(json.dumps(images))
         self.refused(tmp_path / "swin", lm, out, "not one vector a patch. Towers that fit: SigLIP")
         self.copied(folder / "clip", tmp_path / "resnet")
-        ResNetConfig().save_pretrained(tmp_path / "resnet")
-        self.refused(tmp_path / "resnet", lm, out, "lacks .* tensors of ResNetModel")
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+        ResNetModel(config).save_pretrained(tmp_path / "resnet")
+        self.refused(tmp_path / "resnet", lm, out, "has no square patches")
         self.refused(lm, lm, out, "image processor")
+
+    def test_towers_that_do_not_fit_their_folder(self, folder: Path, tmp_path: Path) -> None:
+        lm, out = folder / "llama", tmp_path / "out"
+        ViTConfig(**VISION).save_pretrained(self.copied(folder / "clip", tmp_path / "vit"))
+        self.refused(tmp_path / "vit", lm, out, "lacks .* tensors of ViTModel")
+        settings = self.copied(folder / "vit", tmp_path / "large") / "preprocessor_config.json"
+        edit_json(settings, size={"height": 2 * SIZE, "width": 2 * SIZE})
+        self.refused(tmp_path / "large", lm, out, "cannot read an image")
 
     def test_images_of_changing_size(self, folder: Path, tmp_path: Path) -> None:
         both = {
@@ -103,6 +116,9 @@ class TestRefused:
             self.copied(folder / "llama", tmp_path / "q") / "config.json", quantization_config={"quant_method": "x"}
         )
         self.refused(folder / "clip", tmp_path / "q", out, "is quantised")
+        gpt2 = {"vocab_size": 300, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 32}
+        GPT2LMHeadModel(GPT2Config(**gpt2)).save_pretrained(self.copied(folder / "llama", tmp_path / "gpt2"))
+        self.refused(folder / "clip", tmp_path / "gpt2", out, "embeddings that are not called embed_tokens")
         edit_json(self.copied(folder / "llama", tmp_path / "e") / "tokenizer_config.json", eos_token=None)
         self.refused(folder / "clip", tmp_path / "e", out, "has no end-of-text token")
 

@@ -346,5 +346,5 @@ def compare(
     run(a, b, base=base, split=split, as_json=json)
 
 
-for part in (models, research, studying):
-    part.add_commands(app)
+for more in (models, research, studying):
+    more.add_commands(app)

@@ -1,4 +1,4 @@
-"""The subcommands that make data sets. Each one's work is imported only when it is called."""
+"""The subcommands that make data sets and analyse runs. Each one's work is imported only when it is called."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add `data` to the command line."""
+    """Add `data` and `analyse` to the command line."""
     app.command(name="data")(make_data)
+    app.command()(analyse)
 
 
 def make_data(
@@ -36,3 +37,15 @@ def make_data(
     of_pictures = {"source": source, "test": test, "validation": validation, "size": size}
     of_shapes = {"part": part, "split": split, "labels": labels}
     run(kind, output, of_pictures, of_shapes, seed=seed, as_json=json)
+
+
+def analyse(
+    name: Annotated[str, typer.Argument(help="agreement, bound, drift, forgetting, gap or probes.")],
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs' folders.")],
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Ask what runs learnt, kept and forgot; docs/analysis.md says how each is measured."""
+    from maskft.cli.analyse import run
+
+    run(name, runs, output, as_json=json)

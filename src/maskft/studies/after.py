@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskft.analysis import by_place, checkpoints, drift, overlap, saved_masks, statistics
+from maskft.analysis.attribution import OF_ONE
 from maskft.errors import StudyError, did_you_mean
 from maskft.studies.definition import Cell
 
@@ -56,7 +57,7 @@ def agreement(runs: Sequence[Path]) -> dict[str, float | None]:
     }
 
 
-ANALYSES: dict[str, Analysis] = {"masks": masks, "drift": mask_drift, "gates": gate_records}
+ANALYSES: dict[str, Analysis] = {**OF_ONE, "masks": masks, "drift": mask_drift, "gates": gate_records}
 
 
 ACROSS: dict[str, Comparison] = {"agreement": agreement}

@@ -101,8 +101,11 @@ class Queue:
     ) -> None:
         import optuna
 
-        samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
-        pruners = {"none": optuna.pruners.NopPruner(), "median": optuna.pruners.MedianPruner(n_startup_trials=2)}
+        samplers: dict[str, Any] = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+        pruners: dict[str, Any] = {
+            "none": optuna.pruners.NopPruner(),
+            "median": optuna.pruners.MedianPruner(n_startup_trials=2),
+        }
         self.name, self._storage = name, storage
         self._cells: dict[str, dict[str, Any]] = {}
         self.study: optuna.Study = optuna.create_study(

@@ -227,9 +227,8 @@ def _say(text: str) -> None:
 def run_job(path: Path) -> int:
     """Work on a job, with everything it prints in a file beside it; returns the exit code."""
     with (path.parent / OUTPUT).open("a", encoding="utf-8") as output:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(output.fileno(), stream.fileno())
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
     try:
         work(Job.model_validate_json(path.read_text(encoding="utf-8")))
     except Paused as paused:

@@ -78,11 +78,12 @@ class Worker:
         self.tuning: list[Result] = []
 
     def check(self) -> None:
-        """Load the recipe of each cell and find the analyses, so that a mistake is told before the first run."""
+        """Load the recipes of one seed and find the analyses, so that a mistake is told before the first run."""
         named(self.study.after, ANALYSES)
         named(self.study.across, ACROSS)
         for cell in cells(self.study, {}, toy=self.toy):
-            self._load(cell)
+            if cell.seed == self.study.seeds[0]:
+                self._load(cell)
         for group in self._tuned_groups():
             points = grid_points(tuned_parameters(self.study, group[0]), 1)
             self._load(tuning_cell(self.study, group, points[0], toy=self.toy))
