@@ -14,7 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml $(PARTS) $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[demo,dev,quant,distributed]'
+	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[demo,dev,quant,distributed,study,serve,docs,notebook]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement $(PARTS)
 	touch $@
 
