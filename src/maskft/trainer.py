@@ -19,7 +19,7 @@ from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.guard import GuardedTrainer
 from maskft.mask_stats import MaskStatistics
-from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
+from maskft.memory import cache_weights, fuse_steps, keep_inputs_frozen, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW
 from maskft.runs import write_json
 from maskft.stepping import StepInBackward
@@ -41,6 +41,9 @@ def make_trainer(
 
     `memory` is a mode of `maskft.memory` for the scores; None where the model has none.
     """
+    reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if not reentrant and arguments.distributed_state.distributed_type != DistributedType.DEEPSPEED:
+        keep_inputs_frozen(model)
     gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
         trainer = LabelledPositionsTrainer(
