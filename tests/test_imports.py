@@ -19,7 +19,7 @@ LEVELS = {
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "stepping", "measures"), 3),
     **dict.fromkeys(("recipe", "data", "vlm", "adapters", "audit", "memory"), 4),
-    **dict.fromkeys(("runs", "inspection", "guard", "mask_stats"), 5),
+    **dict.fromkeys(("runs", "inspection", "guard", "mask_stats", "presence"), 5),
     "trainer": 6,
     "training": 7,
     **dict.fromkeys(("evaluation", "analysis", "plan"), 8),

@@ -23,6 +23,7 @@ from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
 from maskft.guard import CHECKPOINTS, LOCK, Guard
 from maskft.memory import keep_freed_memory
+from maskft.presence import NOTHING, Absent, absent, load_base
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.runs import (
     PROJECTOR,
@@ -39,7 +40,7 @@ from maskft.runs import (
 from maskft.trainer import make_trainer
 from maskft.tuner import attach
 from maskft.tuner.sharding import full_shape, is_first_process, is_sharded, whole
-from maskft.vlm.load import load_model, load_processor
+from maskft.vlm.load import load_processor
 
 LOG = "log.json"
 Say = Callable[[str], None]
@@ -183,23 +184,28 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
 
 def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
     """Everything a run would use, found out without training or writing into `output`: the resolved recipe,
-    training arguments, data, targets and parameter counts.
+    training arguments, data, targets and parameter counts. What is not on this machine is named and left out; without
+    weights the model is made from its config.
 
     Raises:
         RecipeError, DataError, ModelError: as `train`.
     """
-    ready = _prepare(recipe, output, lambda text: None)
+    lacking = absent(recipe)
+    ready = _prepare(recipe, output, lambda text: None, lacking)
     checkpoint, _ = newest_sound(output / CHECKPOINTS)
+    arguments = ready.arguments
     return {
         "recipe": recipe.model_dump(mode="json"),
         "output": str(output),
         **{f"{name}_examples": len(part) for name, part in ready.parts.items()},
-        "longest_example_tokens": ready.longest,
+        "longest_example_tokens": ready.longest or None,
+        "rows_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         "base_parameters": ready.base_parameters,
         "trainable_parameters": ready.trainable,
         "masked_modules": list(getattr(ready.model, "targeted_module_names", [])),
         "would_resume_from": str(checkpoint) if checkpoint else None,
-        "training_arguments": ready.arguments.to_dict(),
+        "missing": lacking.lines(recipe.model.base),
+        "training_arguments": arguments.to_dict(),
     }
 
 
@@ -216,8 +222,8 @@ class _Ready:
     trainable: int
 
 
-def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
-    """Load and check everything, cheapest first, writing nothing."""
+def _prepare(recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING) -> _Ready:
+    """Load and check everything but what is lacking, cheapest first, writing nothing."""
     arguments = training_arguments(recipe, output)
     section = recipe.model
     if section.quantization != "none" and not isinstance(recipe.method, MaskMethod):
@@ -225,21 +231,17 @@ def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
             f"model.quantization is '{section.quantization}', which is for the method 'mask'; train the projector "
             "with none."
         )
-    parts = load_data(recipe)
-    _require_validation(arguments, parts)
-    processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
+    parts = {} if lacking.data else load_data(recipe)
+    if not lacking.data:
+        _require_validation(arguments, parts)
+    trusted = section.trust_remote_code
+    processor = None if lacking.processor else load_processor(section.base, trust_remote_code=trusted)
     longest = 0
     for name, part in parts.items():
         summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
         say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
         longest = max(longest, summary.longest or 0)
-    model = load_model(
-        section.base,
-        dtype=section.dtype,
-        attention=section.attention,
-        trust_remote_code=section.trust_remote_code,
-        quantization=section.quantization,
-    )
+    model = load_base(section, weights=not lacking.weights)
     unseen = sum(full_shape(p).numel() - p.numel() for p in model.parameters())  # in other processes
     base_parameters = model.num_parameters() + unseen  # also of a quantised model, whose tensors are packed
     set_seed(arguments.seed)  # hard masks may start random

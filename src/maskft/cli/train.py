@@ -50,4 +50,7 @@ def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> None:
         return
     console = result_console(as_json)
     console.print(recipe.to_yaml().rstrip())
-    console.print("\n".join(f"{key}: {value}" for key, value in seen.items() if key != "recipe"))
+    apart = ("recipe", "missing")
+    console.print("\n".join(f"{key}: {value}" for key, value in seen.items() if key not in apart))
+    for line in seen["missing"]:
+        console.print(f"missing: {line}", markup=False)
