@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import maskft.vlm.load
 from maskft.errors import MissingExtraError, ModelError, RecipeError
 from maskft.recipe import load_recipe
-from maskft.training import train
 from maskft.vlm.load import load_model
 
 from .tuner.models import batch, tiny_llava
@@ -93,8 +91,7 @@ class TestRecipe:
         with pytest.raises(RecipeError, match=r"'model.quantization' is 'int3'"):
             load_recipe(self.RECIPES / "quickstart.yaml", ["model.quantization=int3"])
 
-    def test_is_for_masks(self, tmp_path: Path) -> None:
-        recipe: Any = load_recipe(self.RECIPES / "stage1-projector.yaml", ["model.quantization=nf4"])
-        with pytest.raises(RecipeError, match=r"model\.quantization is 'nf4', which is for the method 'mask'"):
-            train(recipe, tmp_path / "run")
-        assert not (tmp_path / "run").exists()
+    @pytest.mark.parametrize("method", ["projector", "full", "hira", "unilora"])
+    def test_is_for_masks_and_lora(self, method: str) -> None:
+        with pytest.raises(RecipeError, match=r"model\.quantization is 'nf4', which is for the methods mask and lora"):
+            load_recipe(self.RECIPES / "stage1-projector.yaml", ["model.quantization=nf4", f"method.name={method}"])

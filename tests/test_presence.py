@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from maskft.preview import preview
 from maskft.recipe import load_recipe
-from maskft.training import preview
 from maskft.vlm.load import has_processor, has_weights
 from tests.faults.tiny_run import write_recipe
 from tests.test_cli import call

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 
 from maskft.errors import RecipeError
-from maskft.recipe import EasyVqaData, FilesData, MaskMethod, ProjectorMethod, Recipe, load_recipe, method_settings
+from maskft.methods import (
+    FullMethod,
+    HiraMethod,
+    LoraMethod,
+    ProjectorMethod,
+    UniLoraMethod,
+)
+from maskft.recipe import EasyVqaData, FilesData, MaskMethod, Recipe, load_recipe, method_settings
 from maskft.tuner import MaskConfig
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))  # those in distributed/ are for accelerate
+SHIPPED = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p.parent.name != "distributed"]
 DATA = "data: {kind: easy-vqa}\n"
 
 
@@ -36,7 +43,7 @@ def message(load):
     return _message
 
 
-TRAINING = ("memory", "relative_step")
+TRAINING = ("memory", "relative_step", "fixed", "train_projector", "projector_learning_rate")
 """Keys of the method that say how it is trained, and not what the adapter is."""
 
 
@@ -106,6 +113,12 @@ class TestRoundTrip:
             DATA + "method: {init_weights: false, layers: 0-3}",
             DATA + "method: {init_weights: random, gate: topk}",
             DATA + "method: {name: projector}",
+            DATA + "method: {name: lora, variant: dora, rank: 4, alpha: 8, scope: [language], train_projector: true}",
+            DATA + "method: {name: unilora, vector_length: 1000, target_modules: [q_proj]}",
+            DATA + "method: {name: hira, dropout: 0.1, layers: 0-3}",
+            DATA + "method: {name: full, modules: attn, layers: [0, 1]}",
+            DATA + "method: {fixed: random, keep_ratio: 0.5}",
+            DATA + "method: {fixed: magnitude}",
             "data: {kind: files, train: a b/ü.json, image_root: /x, format: llava, split: {test: 0.25, seed: 3}}",
             DATA + "training: {run_name: '1e3', a: '1.0', b: 'true', c: 'null', d: '2024-01-01', e: 'off', f: '0x1'}",
             DATA + "training: {learning_rate: 1e-3, report_to: [], nested: {a: 1}, none: null, flag: 'no'}",
@@ -254,7 +267,9 @@ class TestWrongValues:
         assert "'data.kind' is easy_vqa; it must be one of 'easy-vqa', 'files'" in message("data: {kind: easy_vqa}")
 
     def test_wrong_name(self, message) -> None:
-        assert "'method.name' is lora; it must be one of 'mask', 'projector'" in message(DATA + "method: {name: lora}")
+        assert "'method.name' is loar; it must be one of 'mask', 'lora', 'unilora', 'hira', 'full', 'projector'" in (
+            message(DATA + "method: {name: loar}")
+        )
 
     def test_file_is_named(self, message, tmp_path: Path) -> None:
         assert str(tmp_path / "recipe.yaml") in message("model: {base: embedded}")
@@ -284,6 +299,61 @@ class TestFiles:
     @pytest.mark.parametrize("text", ["", "- a\n- b", "text", "3"])
     def test_no_mapping(self, text: str, message) -> None:
         assert "must hold a mapping with the keys model, method, data, training, evaluation" in message(text)
+
+
+class TestMethods:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("{name: lora}", LoraMethod(name="lora", rank=16, alpha=32, variant="lora")),
+            ("{name: unilora}", UniLoraMethod(name="unilora", rank=4, vector_length=524288)),
+            ("{name: hira}", HiraMethod(name="hira", rank=16, dropout=0.0)),
+            ("{name: full}", FullMethod(name="full", modules="all")),
+        ],
+    )
+    def test_need_no_more_than_their_name(self, load, text: str, expected: object) -> None:
+        assert load(DATA + f"method: {text}").method == expected
+
+    @pytest.mark.parametrize(("fixed", "start"), [("random", "random"), ("magnitude", True)])
+    def test_a_fixed_mask_is_hard(self, load, fixed: str, start: object) -> None:
+        config = load(DATA + f"method: {{fixed: {fixed}, keep_ratio: 0.7}}").method.config()
+        assert (config.gate, config.init_weights, config.keep_ratio) == ("topk", start, 0.7)
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("{name: lora, rnk: 4}", "unknown key 'method.rnk'. Did you mean 'rank'?"),
+            ("{name: hira, alpha: 4}", "unknown key 'method.alpha'."),
+            ("{name: full, rank: 4}", "unknown key 'method.rank'."),
+            ("{name: lora, rank: 0}", "'method.rank' is 0: Input should be greater than 0"),
+            ("{name: lora, alpha: 0}", "'method.alpha' is 0"),
+            ("{name: lora, dropout: 1.0}", "'method.dropout' is 1.0"),
+            ("{name: lora, variant: qlora}", "'method.variant' is 'qlora'"),
+            ("{name: lora, modules: all}", "'method.modules' is 'all'"),
+            ("{name: unilora, vector_length: 0}", "'method.vector_length' is 0"),
+            ("{name: lora, target_modules: '(a+)+'}", "target_modules repeats a group"),
+            ("{name: full, target_modules: '('}", "target_modules is no regular expression"),
+            (
+                "{name: lora, train_projector: true}",
+                "method.train_projector is true, but method.scope has",
+            ),
+            ("{train_projector: true}", "method.train_projector is true, but method.scope has"),
+            ("{fixed: random, gate: soft}", "but method.gate is 'soft'"),
+            ("{fixed: random, init_weights: true}", "method.init_weights True. Leave those two out"),
+            ("{fixed: some}", "'method.fixed' is 'some'"),
+            ("{fixed: random, scope: [language], train_projector: true}", "method.fixed trains nothing"),
+            ("{name: full, layers: 0-3}", "method.modules is 'all', which trains whole parts"),
+            ("{name: lora, projector_learning_rate: 0}", "'method.projector_learning_rate' is 0"),
+        ],
+    )
+    def test_refuse(self, message, text: str, expected: str) -> None:
+        assert expected in message(DATA + f"method: {text}")
+
+    @pytest.mark.parametrize("name", ["unilora", "hira", "full", "projector"])
+    def test_quantised_bases_are_for_masks_and_lora(self, load, message, name: str) -> None:
+        quantised = DATA + "model: {quantization: nf4}\n"
+        assert load(quantised + "method: {name: lora}").model.quantization == "nf4"
+        assert f"train '{name}' with none" in message(quantised + f"method: {{name: {name}}}")
 
 
 class TestTrainingOfTheMethod:

@@ -235,9 +235,9 @@ def score_optimizer(
 def keep_inputs_frozen(model: Any) -> None:
     """Let gradients end before what is frozen, under gradient checkpointing that is not reentrant.
 
-    Transformers and TRL mark the outputs of every input embedding as in need of gradients, which reentrant checkpointing
-    alone has a use for. The vision encoder's are among them: frozen, it would be computed twice and take part in the
-    backward pass for nothing.
+    Transformers and TRL mark the outputs of every input embedding as in need of gradients, which only reentrant
+    checkpointing has a use for. The vision encoder's are among them: frozen, it would be computed twice and take part
+    in the backward pass for nothing.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.enable_input_require_grads = _leave_as_it_is

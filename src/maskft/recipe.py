@@ -10,10 +10,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from maskft.errors import RecipeError, UserError, did_you_mean, gathered
-from maskft.tuner import MaskConfig
+from maskft.methods import (
+    QUANTIZABLE,
+    FullMethod,
+    HiraMethod,
+    LoraMethod,
+    Method,
+    Section,
+    UniLoraMethod,
+)
+from maskft.methods import MaskMethod as MaskMethod
+from maskft.methods import ProjectorMethod as ProjectorMethod
 from maskft.yamlfile import YamlError, dump_yaml, parse_yaml, read_yaml
 
 RELATIVE_STEP = 0.002
@@ -34,11 +44,7 @@ def _absolute_folder(base: str) -> str:
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The frozen base model."""
 
     base: Annotated[str, AfterValidator(_absolute_folder)] = "embedded"
@@ -53,59 +59,19 @@ class ModelSection(_Section):
     """Run Python code that comes with the model folder. Only for folders you trust."""
 
 
-class MaskMethod(_Section):
-    """Mask fine-tuning; the fields are those of `maskft.MaskConfig`, and so are the defaults, but for the gate: the
-    published one was ahead on validation (docs/log.md)."""
-
-    name: Literal["mask"] = "mask"
-    gate: Literal["soft", "normalized", "centered", "topk", "threshold"] = "soft"
-    temperature: float = MaskConfig.temperature
-    init_gate: float = MaskConfig.init_gate
-    straight_through: bool = MaskConfig.straight_through
-    keep_ratio: float = MaskConfig.keep_ratio
-    ranking: Literal["matrix", "global"] = MaskConfig.ranking  # type: ignore[assignment]
-    score_layout: Literal["dense", "low-rank", "row", "column", "block"] = MaskConfig.score_layout  # type: ignore[assignment]
-    rank: int = MaskConfig.rank
-    block_size: int = MaskConfig.block_size
-    score_dtype: Literal["float32", "bfloat16"] = MaskConfig.score_dtype  # type: ignore[assignment]
-    memory: Literal["fast", "balanced", "tight"] = "fast"
-    """How much memory training takes: docs/performance.md. The last two keep scores in bfloat16."""
-    relative_step: Annotated[float, Field(gt=0)] | None = None
-    """How much of itself a gate changes per step at the start; sets training.learning_rate."""
-    scope: list[Literal["language", "projector", "vision"]] = ["language", "projector"]
-    modules: Literal["attn", "mlp", "both"] = MaskConfig.modules  # type: ignore[assignment]
-    layers: str | list[int] = "all"
-    target_modules: list[str] | str | None = None
-    init_weights: bool | Literal["random"] = True
-    storage: Literal["float32", "int8", "int4", "bits"] = MaskConfig.storage  # type: ignore[assignment]
-
-    def config(self) -> MaskConfig:
-        """The adapter's configuration."""
-        fields = self.model_dump(exclude={"name", "memory", "relative_step"})
-        if self.memory != "fast":
-            fields["score_dtype"] = "bfloat16"
-        return MaskConfig(**fields)
-
-
-class ProjectorMethod(_Section):
-    """Stage 1: train the projector whole, everything else frozen."""
-
-    name: Literal["projector"]
-
-
-class EasyVqaData(_Section):
+class EasyVqaData(Section):
     """The demo's data, from the package easy-vqa."""
 
     kind: Literal["easy-vqa"]
     part: Literal["vqa", "captions"] = "vqa"
-    limits: dict[str, Annotated[int, Field(gt=0)]] = {}
+    limits: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     """At most so many rows of a split, drawn with `seed`."""
     turns: Annotated[int, Field(gt=0)] = 1
     """Questions about one image in a training conversation."""
     seed: int = 0
 
 
-class Split(_Section):
+class Split(Section):
     """Shares of the training file to hold out, by image."""
 
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -113,7 +79,7 @@ class Split(_Section):
     seed: int = 0
 
 
-class FilesData(_Section):
+class FilesData(Section):
     """LLaVA JSON, or messages + images as JSON, JSON lines, parquet or a saved Hugging Face data set."""
 
     kind: Literal["files"]
@@ -126,7 +92,7 @@ class FilesData(_Section):
     split: Split = Split()
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """How answers are generated (greedy, batched) and scored."""
 
     batch_size: Annotated[int, Field(gt=0)] = 32
@@ -135,20 +101,20 @@ class EvaluationSection(_Section):
     """Scores one answer; see maskft.evaluation.metrics."""
 
 
-class AuditSection(_Section):
+class AuditSection(Section):
     """A look at the first steps: do all masks learn, and is the start a sane one?"""
 
     strict: bool = False
     """Stop at a finding instead of warning."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that defines a run."""
 
     model: ModelSection = ModelSection()
-    method: Annotated[MaskMethod | ProjectorMethod, Field(discriminator="name")] = MaskMethod()
+    method: Annotated[Method, Field(discriminator="name")] = MaskMethod()
     data: Annotated[EasyVqaData | FilesData, Field(discriminator="kind")]
-    training: dict[str, Any] = {}
+    training: dict[str, Any] = Field(default_factory=dict)
     """Fields of TRL's SFTConfig."""
     evaluation: EvaluationSection = EvaluationSection()
     audit: AuditSection = AuditSection()
@@ -178,8 +144,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         content["method"].setdefault("name", "mask")
     try:
         recipe = Recipe.model_validate(content)
-        if isinstance(recipe.method, MaskMethod):
-            recipe.method.config()
+        recipe.method.check()
+        _check_quantization(recipe)
     except ValidationError as error:
         raise RecipeError(f"{path}:\n{gathered([_explain(e, content) for e in error.errors()])}") from error
     except UserError as error:
@@ -210,6 +176,16 @@ def method_settings(recipe: Recipe) -> dict[str, Any]:
         if method.relative_step is not None:
             raise RecipeError(str(error)) from error
         return {"learning_rate": HARD_LEARNING_RATE}
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    """Raise RecipeError where the method cannot train beside quantised weights."""
+    method, quantization = recipe.method.name, recipe.model.quantization
+    if quantization != "none" and method not in QUANTIZABLE:
+        raise RecipeError(
+            f"model.quantization is '{quantization}', which is for the methods {' and '.join(QUANTIZABLE)}; train "
+            f"'{method}' with none."
+        )
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -266,6 +242,10 @@ def _allowed(loc: Iterable[Any]) -> list[str]:
         "easy-vqa": EasyVqaData,
         "files": FilesData,
         "mask": MaskMethod,
+        "lora": LoraMethod,
+        "unilora": UniLoraMethod,
+        "hira": HiraMethod,
+        "full": FullMethod,
         "projector": ProjectorMethod,
         "split": Split,
     }

@@ -3,7 +3,7 @@
 recipe.yaml                 the resolved recipe, written before the first step
 environment.json            package versions, machine, commit
 checkpoints/checkpoint-N/   for resuming
-adapter_model.safetensors   the result (projector.safetensors after stage 1)
+adapter_model.safetensors   the result (others after stage 1 and full fine-tuning: maskft.learnt)
 adapter_config.json
 log.json                    the training log, one entry a logging step
 metrics.json                train, and after `maskft evaluate`: metric, base, tuned, blind, test_examples (those
@@ -24,18 +24,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image
-from maskft.errors import DataError, ModelError, RecipeError, RunError
-from maskft.recipe import EasyVqaData, MaskMethod, Recipe, load_recipe
-from maskft.targets import projector_names
-from maskft.tuner import attach_saved
+from maskft.errors import DataError, RecipeError, RunError
+from maskft.learnt import before_training, put_on, result_name
+from maskft.recipe import EasyVqaData, Recipe, load_recipe
 from maskft.vlm.load import load_model, load_processor
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
-PROJECTOR = "projector.safetensors"
 _PACKAGES = ("maskft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
 
@@ -153,17 +149,8 @@ class LoadedRun:
     @contextlib.contextmanager
     def base(self) -> Iterator[Any]:
         """The model as it was before training, for the duration of the block."""
-        if self._base_state is None:
-            with self.model.disable_adapter():
-                yield self.model
-            return
-        projector = find_projector(self.model)
-        tuned = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
-        projector.load_state_dict(self._base_state)
-        try:
-            yield self.model
-        finally:
-            projector.load_state_dict(tuned)
+        with before_training(self.model, self._base_state, result_name(self.recipe.method)) as model:
+            yield model
 
 
 def load_run(run: Path) -> LoadedRun:
@@ -174,8 +161,7 @@ def load_run(run: Path) -> LoadedRun:
         AdapterError: the adapter is damaged or belongs to another base.
     """
     recipe = run_recipe(run)
-    masked = isinstance(recipe.method, MaskMethod)
-    result = "adapter_model.safetensors" if masked else PROJECTOR
+    result = result_name(recipe.method)
     if not (run / result).is_file():
         raise RunError(f"the run {run} has not finished: {result} is missing. Resume it with the same train command.")
     section = recipe.model
@@ -187,27 +173,5 @@ def load_run(run: Path) -> LoadedRun:
         trust_remote_code=section.trust_remote_code,
         quantization=section.quantization,
     )
-    if masked:
-        return LoadedRun(run, recipe, attach_saved(model, run).eval(), processor)
-    from safetensors.torch import load_file
-
-    projector = find_projector(model)
-    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
-    projector.load_state_dict(load_file(run / PROJECTOR))
-    return LoadedRun(run, recipe, model, processor, before)
-
-
-def find_projector(model: Any) -> Any:
-    """The module between vision encoder and language model; a `ModuleDict` of them where there are several.
-
-    Raises:
-        ModelError: the model has none by a known name.
-    """
-    names = projector_names(model)
-    if not names:
-        raise ModelError(
-            f"{type(model).__name__} has no projector by a known name. Its parts: "
-            f"{', '.join(name for name, _ in model.named_children())}."
-        )
-    modules = {name.replace(".", "/"): model.get_submodule(name) for name in names}
-    return next(iter(modules.values())) if len(modules) == 1 else nn.ModuleDict(modules)
+    tuned, before = put_on(model, run, result)
+    return LoadedRun(run, recipe, tuned, processor, before)

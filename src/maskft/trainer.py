@@ -36,10 +36,12 @@ def make_trainer(
     log: Path,
     audit: MaskAudit,
     memory: str | None = None,
+    projector_rate: float | None = None,
 ) -> SFTTrainer:
     """A trainer over `parts["train"]`, evaluating on `parts["validation"]` where the arguments ask for it.
 
-    `memory` is a mode of `maskft.memory` for the scores; None where the model has none.
+    `memory` is a mode of `maskft.memory` for the scores; None where the model has none. `projector_rate` is the
+    learning rate of a projector that is trained whole beside an adapter.
     """
     reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     if not reentrant and arguments.distributed_state.distributed_type != DistributedType.DEEPSPEED:
@@ -56,7 +58,7 @@ def make_trainer(
             callbacks=[Watch(log), audit, gates],
             optimizer_cls_and_kwargs=_optimizer(model, arguments, memory),
         )
-    trainer.audit, trainer.memory = audit, memory
+    trainer.audit, trainer.memory, trainer.projector_rate = audit, memory, projector_rate
     gates.trackers = trainer.callback_handler
     if memory and trainer.accelerator.distributed_type in _WHOLE:
         use_kernels(model)
@@ -108,15 +110,19 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
     Attributes:
         audit: told the loss of the first batch and the base's on it, where the gates don't start at 1.
         memory: the scores' memory mode, if any.
+        projector_rate: learning rate of modules that are trained whole beside an adapter.
         in_backward: makes the optimizer's steps, where that is done inside the backward pass.
     """
 
     audit: MaskAudit
     memory: str | None = None
+    projector_rate: float | None = None
     in_backward: StepInBackward | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.projector_rate is not None:
+            _set_rate(optimizer, self.model, self.projector_rate)
         if not self.memory or self.accelerator.distributed_type not in _WHOLE:
             return optimizer
         if self.memory == "fast" and self.args.gradient_accumulation_steps > 1:
@@ -161,6 +167,15 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # which the averaging of gradients divides by
         return loss
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, model: Any, rate: float) -> None:
+    """Give parameters of modules that are trained whole beside an adapter a learning rate of their own."""
+    whole = {p for name, p in model.named_parameters() if ".modules_to_save." in name and p.requires_grad}
+    for group in list(optimizer.param_groups):
+        if moved := [p for p in group["params"] if p in whole]:
+            group["params"] = [p for p in group["params"] if p not in whole]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})
 
 
 def labelled_loss(model: Any, inputs: Mapping[str, Any], items: Any = None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 from trl import SFTConfig
@@ -22,14 +20,14 @@ from maskft.checkpoints import clear_away, newest_sound
 from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
 from maskft.guard import CHECKPOINTS, LOCK, Guard
+from maskft.learnt import save_result
 from maskft.memory import keep_freed_memory
-from maskft.presence import NOTHING, Absent, absent, load_base
-from maskft.recipe import MaskMethod, Recipe, method_settings
+from maskft.methods import FullMethod, MaskMethod, Method, ProjectorMethod, is_fixed
+from maskft.presence import NOTHING, Absent, load_base
+from maskft.recipe import Recipe, method_settings
 from maskft.runs import (
-    PROJECTOR,
     RECIPE,
     environment,
-    find_projector,
     load_data,
     read_metrics,
     run_recipe,
@@ -39,8 +37,9 @@ from maskft.runs import (
 )
 from maskft.trainer import make_trainer
 from maskft.tuner import attach
-from maskft.tuner.sharding import full_shape, is_first_process, is_sharded, whole
+from maskft.tuner.sharding import full_shape, is_first_process
 from maskft.vlm.load import load_processor
+from maskft.whole import find_projector, find_projector_names, train_whole, whole_parameters
 
 LOG = "log.json"
 Say = Callable[[str], None]
@@ -54,11 +53,16 @@ _DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "max_length": 2048,
 }
+_USUAL: dict[str, Any] = {"adam_epsilon": 1e-8, "max_grad_norm": 1.0}
 _METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     # score gradients carry a factor |W| m0 (1 - m0), about 4e-4, and Adam's usual eps of 1e-8 would damp them
     # as tiny as that, they are not clipped, which would cost a pass over them
     "mask": {"adam_epsilon": 1e-12, "max_grad_norm": 0.0},
-    "projector": {"learning_rate": 1e-3, "adam_epsilon": 1e-8},
+    "lora": {"learning_rate": 2e-4, **_USUAL},
+    "unilora": {"learning_rate": 2e-3, **_USUAL},
+    "hira": {"learning_rate": 2e-3, **_USUAL},  # factors change a weight by a share of itself
+    "full": {"learning_rate": 2e-5, **_USUAL},
+    "projector": {"learning_rate": 1e-3, **_USUAL},
 }
 _OURS = {
     "output_dir": "use --output",
@@ -133,7 +137,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
     if _finished(recipe, output):
         say(f"{output} already holds a finished run of this recipe.")
         return read_metrics(output)
-    ready = _prepare(recipe, output, say)
+    ready = prepare(recipe, output, say)
     say(f"training {ready.trainable:,} parameters beside a base of {ready.base_parameters:,}")
 
     ready.arguments.distributed_state.wait_for_everyone()  # until every process has looked at the folder
@@ -142,6 +146,9 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
         _finished(recipe, output)  # another process may have written there meanwhile
         write_atomically(output / RECIPE, recipe.to_yaml())
         write_json(output / "environment.json", environment())
+    if is_fixed(recipe.method):
+        save_result(recipe.method, ready.model, output, dtype=getattr(torch, recipe.model.dtype), say=say)
+        return update_metrics(output, {"train": _untrained(ready)}) if first else {"train": _untrained(ready)}
     keep_freed_memory()
     trainer = make_trainer(
         ready.model,
@@ -152,6 +159,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
         log=output / LOG,
         audit=MaskAudit(strict=recipe.audit.strict),
         memory=recipe.method.memory if isinstance(recipe.method, MaskMethod) else None,
+        projector_rate=getattr(recipe.method, "projector_learning_rate", None),
     )
     guard.watch(trainer)
     checkpoint, passed_over = newest_sound(output / CHECKPOINTS)
@@ -167,50 +175,36 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
     seconds = time.monotonic() - started
     guard.finish(trainer)
 
-    _save_result(recipe, trainer.model, output, say)
+    save_result(recipe.method, trainer.model, output, dtype=getattr(torch, recipe.model.dtype), say=say)
     trained = {
+        **_untrained(ready),
         "seconds": round(seconds, 1),
         "steps": state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),
-        "examples": len(ready.parts["train"]),
         "loss": round(state.training_loss, 4),
-        "trainable_parameters": ready.trainable,
-        "base_parameters": ready.base_parameters,
         "resumed_from_step": _step(checkpoint),
         "best_step": _step(trainer.state.best_model_checkpoint),
     }
     return update_metrics(output, {"train": trained}) if first else {"train": trained}
 
 
-def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Everything a run would use, found out without training or writing into `output`: the resolved recipe,
-    training arguments, data, targets and parameter counts. What is not on this machine is named and left out; without
-    weights the model is made from its config.
-
-    Raises:
-        RecipeError, DataError, ModelError: as `train`.
-    """
-    lacking = absent(recipe)
-    ready = _prepare(recipe, output, lambda text: None, lacking)
-    checkpoint, _ = newest_sound(output / CHECKPOINTS)
-    arguments = ready.arguments
+def _untrained(ready: Ready) -> dict[str, Any]:
+    """The record of a run that made no step."""
     return {
-        "recipe": recipe.model_dump(mode="json"),
-        "output": str(output),
-        **{f"{name}_examples": len(part) for name, part in ready.parts.items()},
-        "longest_example_tokens": ready.longest or None,
-        "rows_per_step": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
-        "base_parameters": ready.base_parameters,
+        "seconds": 0.0,
+        "steps": 0,
+        "epochs": 0.0,
+        "examples": len(ready.parts["train"]),
+        "loss": None,
         "trainable_parameters": ready.trainable,
-        "masked_modules": list(getattr(ready.model, "targeted_module_names", [])),
-        "would_resume_from": str(checkpoint) if checkpoint else None,
-        "missing": lacking.lines(recipe.model.base),
-        "training_arguments": arguments.to_dict(),
+        "base_parameters": ready.base_parameters,
+        "resumed_from_step": None,
+        "best_step": None,
     }
 
 
 @dataclasses.dataclass(frozen=True)
-class _Ready:
+class Ready:
     """What a recipe asks for, loaded and checked."""
 
     arguments: Any
@@ -222,15 +216,10 @@ class _Ready:
     trainable: int
 
 
-def _prepare(recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING) -> _Ready:
+def prepare(recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING) -> Ready:
     """Load and check everything but what is lacking, cheapest first, writing nothing."""
     arguments = training_arguments(recipe, output)
     section = recipe.model
-    if section.quantization != "none" and not isinstance(recipe.method, MaskMethod):
-        raise RecipeError(
-            f"model.quantization is '{section.quantization}', which is for the method 'mask'; train the projector "
-            "with none."
-        )
     parts = {} if lacking.data else load_data(recipe)
     if not lacking.data:
         _require_validation(arguments, parts)
@@ -245,12 +234,9 @@ def _prepare(recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING) 
     unseen = sum(full_shape(p).numel() - p.numel() for p in model.parameters())  # in other processes
     base_parameters = model.num_parameters() + unseen  # also of a quantised model, whose tensors are packed
     set_seed(arguments.seed)  # hard masks may start random
-    if isinstance(recipe.method, MaskMethod):
-        model = attach(model, recipe.method.config())
-    else:
-        _unfreeze_projector(model)
+    model = _made_trainable(model, recipe.method)
     trainable = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
-    return _Ready(arguments, parts, processor, model, longest, base_parameters, trainable)
+    return Ready(arguments, parts, processor, model, longest, base_parameters, trainable)
 
 
 def _require_validation(arguments: Any, parts: Mapping[str, Any]) -> None:
@@ -306,44 +292,14 @@ def _bar(label: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
     return wrap
 
 
-def _unfreeze_projector(model: Any) -> None:
-    """Train the projector in fp32, where small steps keep their resolution; autocast computes in bf16."""
-    projector = find_projector(model).float()
-    projector.requires_grad_(True)
-
-
-def _save_result(recipe: Recipe, model: Any, output: Path, say: Say) -> None:
-    """Write the adapter (or the projector) next to the recipe, through a folder of its own so that it is whole.
-
-    Every process calls this, since what was trained may be in pieces; the first one writes.
-    """
-    trained = model if isinstance(recipe.method, MaskMethod) else find_projector(model)
-    parameters = dict(trained.named_parameters())
-    state = {name: _kept(whole(p)) for name, p in parameters.items() if p.requires_grad}
-    if not is_first_process():
-        return
-    if not isinstance(recipe.method, MaskMethod):
-        from safetensors.torch import save_file
-
-        buffers = {name: tensor for name, tensor in trained.state_dict().items() if name not in parameters}
-        part = output / f"{PROJECTOR}.part"
-        save_file({name: t.bfloat16().contiguous() for name, t in {**buffers, **state}.items()}, part)
-        part.replace(output / PROJECTOR)
-        return
-    staging = output / ".adapter"
-    shutil.rmtree(staging, ignore_errors=True)
-    if recipe.method.storage == "bits" and any(map(is_sharded, parameters.values())):
-        say(
-            f"scores are saved in full, since a mask needs whole weights. Next: maskft pack {output} NEW --storage bits"
-        )
-    else:
-        model.requires_grad_(False)  # training is over: scores are written as method.storage says
-    model.save_pretrained(staging, state_dict=state)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):  # the weights last: they mark a finished run
-        (staging / name).replace(output / name)
-    shutil.rmtree(staging)
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in the process that writes; in others nothing, since they share the machine's memory."""
-    return tensor.cpu() if is_first_process() else tensor.new_empty(0)
+def _made_trainable(model: Any, method: Method) -> Any:
+    """The model as the method trains it: with an adapter, or with some of its own weights in fp32."""
+    if isinstance(method, FullMethod):
+        train_whole(model, whole_parameters(model, **method.model_dump(exclude={"name"})))
+        return model
+    if isinstance(method, ProjectorMethod):
+        find_projector(model).float().requires_grad_(True)
+        return model
+    whole = find_projector_names(model) if method.train_projector else []
+    adapted = attach(model, method.config() if isinstance(method, MaskMethod) else method.peer(), whole=whole)
+    return adapted.requires_grad_(False) if is_fixed(method) else adapted

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from maskft.data import Collator
 from maskft.errors import AdapterError, MissingExtraError, UserError
 from maskft.evaluation import generate_answers
-from maskft.runs import find_projector
+from maskft.whole import find_projector
 
 from .tiny import tiny_adapter, tiny_base
 

@@ -20,6 +20,7 @@ from maskft.evaluation.benchmarks import BENCHMARKS
 from maskft.evaluation.candidates import find_candidates, wearing
 from maskft.fingerprint import fingerprint
 from maskft.vlm.load import load_model
+from maskft.whole import find_projector
 
 from .eval_folder import QUESTIONS, write_eval_folder
 from .tiny import tiny_adapter, tiny_base
@@ -205,7 +206,7 @@ def projector_run(models: Path, tmp_path: Path) -> Path:
         f"model: {{base: {models / 'base'}}}\nmethod: {{name: projector}}\ndata: {{kind: easy-vqa}}\n"
     )
     model = load_model(str(models / "base"), dtype="float32")
-    state = candidates.find_projector(model).state_dict()
+    state = find_projector(model).state_dict()
     save_file({name: 2 * tensor for name, tensor in state.items()}, folder / "projector.safetensors")
     return folder
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.embedded.conftest import QUICKSTART
+from tests.test_methods import METHODS
 
 from .tiny_run import write_recipe
 
 ROOT = Path(__file__).parents[2]
+RESULT = ("adapter_model.safetensors", "adapter_config.json")
 
 
 def killed(recipe: Path, output: Path, kills: int, events: int, overrides: tuple[str, ...] = ()) -> list[int]:
@@ -25,8 +27,8 @@ def killed(recipe: Path, output: Path, kills: int, events: int, overrides: tuple
     return deaths
 
 
-def check_same(whole: Path, mended: Path) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json", "recipe.yaml"):
+def check_same(whole: Path, mended: Path, files: tuple[str, ...] = (*RESULT, "recipe.yaml")) -> None:
+    for name in files:
         assert (mended / name).read_bytes() == (whole / name).read_bytes()
     assert json.loads((mended / "metrics.json").read_text())["train"]["steps"] > 0
     assert not (mended / ".lock").exists()
@@ -37,6 +39,26 @@ def test_killed_three_times(tmp_path: Path) -> None:
     killed(recipe, tmp_path / "whole", kills=0, events=1)  # in a process as young: compiled code may round otherwise
     assert len(killed(recipe, tmp_path / "killed", kills=3, events=40)) == 3
     check_same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lora", "full attention"),
+        pytest.param(("dora", "lora and projector", "unilora", "hira", "full"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_other_methods_killed_once(names: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe", max_steps=4)
+    methods = [METHODS[name] for name in names]
+    command = [sys.executable, "-m", "tests.faults.killed_methods", str(recipe), str(tmp_path), *methods]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert all(json.loads(done.stdout.splitlines()[-1]))
+    for n, name in enumerate(names):
+        files = ("trained_weights.safetensors",) if name.startswith("full") else RESULT
+        check_same(tmp_path / f"{n}-whole", tmp_path / f"{n}-killed", (*files, "recipe.yaml"))
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from maskft.plan import plan
+from maskft.preview import preview
 from maskft.recipe import load_recipe
-from maskft.training import preview
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "modern").glob("*.yaml"))

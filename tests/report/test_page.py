@@ -164,7 +164,7 @@ def test_a_run_with_nothing_but_a_recipe(tmp_path: Path) -> None:
     ):
         assert text in shown.text, text
     (folder / "recipe.yaml").write_text("data: {kind: easy-vqa}\nmethod: {name: projector}\n")
-    assert "trained the projector" in page(folder).text
+    assert "method is 'projector'; it has no mask" in page(folder).text
 
 
 def test_a_mask_that_depends_on_its_base(tmp_path: Path) -> None:

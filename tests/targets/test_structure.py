@@ -12,8 +12,8 @@ from torch import nn
 
 from maskft import MaskConfig
 from maskft.errors import ModelError
-from maskft.runs import find_projector
 from maskft.targets import find_weights, projector_names, resolve_parameters, resolve_targets
+from maskft.whole import find_projector
 from tests.targets.forms import TEXT, VISION, tokens
 from tests.targets.zoo import FAMILIES, random_model
 

@@ -24,8 +24,9 @@ from maskft.audit import masked_layers
 from maskft.data import Collator, open_image
 from maskft.data.schema import image_part, text_part, turn
 from maskft.errors import DataError, UserError
-from maskft.evaluation.candidates import ADAPTER, Candidate
+from maskft.evaluation.candidates import Candidate
 from maskft.gates import Gate
+from maskft.learnt import ADAPTER
 from maskft.measures import place
 from maskft.tuner import add_saved, attach_saved
 from maskft.vlm.load import load_model, load_processor
@@ -89,7 +90,7 @@ class Playground:
         if not masks:
             raise UserError("the playground needs a mask: give a run, or adapters with --adapters.")
         if wrong := [candidate.name for candidate in masks if candidate.learnt != ADAPTER]:
-            raise UserError(f"{', '.join(wrong)} trained a projector; the playground shows masks.")
+            raise UserError(f"{', '.join(wrong)} trained weights of the base; the playground shows masks.")
         section = candidates[0].model
         self.max_new_tokens = max_new_tokens
         self.processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskft.cli.output import notes, print_json, quiet_libraries, result_console
-from maskft.errors import RunError
 
 
 def run(folder: Path, out: Path, *, as_json: bool) -> None:
@@ -13,14 +12,12 @@ def run(folder: Path, out: Path, *, as_json: bool) -> None:
     from maskft.adapters.export import export_merged
     from maskft.data import Collator
     from maskft.folders import refuse_existing
-    from maskft.recipe import MaskMethod
+    from maskft.learnt import result_name
     from maskft.runs import load_data, load_run
 
     refuse_existing(out)
     notes.print(f"merging {folder}")
     loaded = load_run(folder)
-    if not isinstance(loaded.recipe.method, MaskMethod):
-        raise RunError(f"{folder} trained a projector, which has no mask to merge.")
     rows = load_data(loaded.recipe)["train"]
     probe = Collator(loaded.processor, max_length=None).prompts([rows[i] for i in range(min(4, len(rows)))])
     difference = export_merged(loaded.model, loaded.processor, out, probe=probe)
@@ -28,5 +25,5 @@ def run(folder: Path, out: Path, *, as_json: bool) -> None:
         print_json({"run": str(folder), "merged": str(out), "largest_logit_difference": difference})
     result_console(as_json).print(
         f"largest difference of logits, before merging and after reloading: {difference:g}\n"
-        f"run           {folder}\nadapter       {folder / 'adapter_model.safetensors'}\nmerged model  {out}"
+        f"run           {folder}\nlearnt        {folder / result_name(loaded.recipe.method)}\nmerged model  {out}"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from maskft.cli.output import notes, print_json, quiet_libraries, result_console
 from maskft.cli.report import leave_report
 from maskft.errors import Paused
-from maskft.recipe import MaskMethod, Recipe, load_recipe
+from maskft.recipe import Recipe, load_recipe
 
 
 def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool, as_json: bool) -> None:
@@ -16,6 +16,7 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
     if dry_run:
         _dry_run(recipe, output, as_json)
         return
+    from maskft.learnt import result_name
     from maskft.training import train
     from maskft.tuner.sharding import is_first_process
 
@@ -32,9 +33,10 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
     if as_json:
         print_json({"run": str(output), **metrics})
     share = trained["trainable_parameters"] / trained["base_parameters"]
-    result = "adapter_model.safetensors" if isinstance(recipe.method, MaskMethod) else "projector.safetensors"
+    result = result_name(recipe.method)
+    loss = f"mean loss {trained['loss']:.3f}" if trained["steps"] else "a fixed mask"
     result_console(as_json).print(
-        f"trained {trained['steps']} steps in {trained['seconds']:.0f} s, mean loss {trained['loss']:.3f}; "
+        f"trained {trained['steps']} steps in {trained['seconds']:.0f} s, {loss}; "
         f"{trained['trainable_parameters']:,} trainable parameters ({100 * share:.1f} % of the base's)\n"
         f"run      {output}\nresult   {output / result}\n{leave_report(output)}next     maskft evaluate {output}"
     )
@@ -42,7 +44,7 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
 
 def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> None:
     """Print the resolved recipe, training arguments, data and targets; write nothing into the run folder."""
-    from maskft.training import preview
+    from maskft.preview import preview
 
     seen = preview(recipe, output)
     if as_json:

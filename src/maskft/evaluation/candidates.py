@@ -1,6 +1,6 @@
 """The models that answer: a base, or a base with what a run learnt. What a name stands for is decided by what is there.
 
-a folder with recipe.yaml          a run: its base with its adapter, or with its projector
+a folder with recipe.yaml          a run: its base with its adapter, its projector or its weights
 a folder with adapter_config.json  an adapter: the base named there with the adapter
 a folder with config.json          a Transformers model, such as a merged export
 embedded, embedded-unaligned       the composed demo model
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import AdapterError, ModelError, RunError, UserError
-from maskft.recipe import MaskMethod, ModelSection
-from maskft.runs import PROJECTOR, RECIPE, find_projector, run_recipe
-from maskft.tuner import attach_saved
+from maskft.learnt import ADAPTER, result_name, worn
+from maskft.recipe import ModelSection
+from maskft.runs import RECIPE, run_recipe
+from maskft.tuner import method_of
 from maskft.vlm.embedded import embedded_base
 
-ADAPTER = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _EMBEDDED = {"embedded": True, "embedded-unaligned": False}
 _WEIGHTY = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
@@ -73,7 +73,7 @@ def find_candidate(given: str) -> Candidate:
 
 def _run(folder: Path) -> Candidate:
     recipe = run_recipe(folder)
-    learnt = ADAPTER if isinstance(recipe.method, MaskMethod) else PROJECTOR
+    learnt = result_name(recipe.method)
     if not (folder / learnt).is_file():
         raise RunError(
             f"the run {folder} has not finished: {learnt} is missing. Resume it with the same train command."
@@ -131,7 +131,7 @@ def _may_share_base(first: Candidate, other: Candidate) -> bool:
         return True
     folders = [base_folder(c.model.base) for c in (first, other)]
     if folders[0] is None or folders[1] is None:
-        return other.learnt == ADAPTER  # its fingerprint tells; a projector has none
+        return other.learnt == ADAPTER and method_of(other.folder or Path()) == "MASK"  # whose fingerprint tells
     return files_digest(_base_files(folders[0])) == files_digest(_base_files(folders[1]))
 
 
@@ -195,27 +195,6 @@ def wearing(model: Any, candidate: Candidate) -> Iterator[Any]:
     """
     if candidate.folder is None:
         yield model
-    elif candidate.learnt == ADAPTER:
-        worn = attach_saved(model, candidate.folder).eval()
-        try:
-            yield worn
-        finally:
-            worn.unload()
     else:
-        yield from _with_projector(model, candidate.folder / candidate.learnt)
-
-
-def _with_projector(model: Any, weights: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    projector = find_projector(model)
-    before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
-    try:
-        projector.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise AdapterError(f"{weights} does not fit the base: {error}") from error
-    try:
-        yield model
-    finally:
-        projector.load_state_dict(before)
+        with worn(model, candidate.folder, candidate.learnt) as wearer:
+            yield wearer

@@ -20,10 +20,9 @@ from PIL import Image
 
 from maskft.data import Collator
 from maskft.data.schema import IMAGE_MARKER, image_part, text_part, turn
-from maskft.errors import AdapterError, MissingExtraError, UserError
-from maskft.evaluation.candidates import ADAPTER, Candidate, find_candidate
-from maskft.runs import find_projector
-from maskft.tuner import attach_saved
+from maskft.errors import MissingExtraError, UserError
+from maskft.evaluation.candidates import Candidate, find_candidate
+from maskft.learnt import put_on
 from maskft.vlm.load import load_model, load_processor
 
 INSTALL = "pip install 'maskft[lmms-eval]'"
@@ -181,17 +180,7 @@ def _with_learnt(base: Any, candidate: Candidate) -> Any:
     """The base with what the candidate learnt, for good."""
     if candidate.folder is None:
         return base
-    if candidate.learnt == ADAPTER:
-        return attach_saved(base, candidate.folder).eval()
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights = candidate.folder / candidate.learnt
-    try:
-        find_projector(base).load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise AdapterError(f"{weights} does not fit the base: {error}") from error
-    return base
+    return put_on(base, candidate.folder, candidate.learnt)[0]
 
 
 def _decoding(settings: Mapping[str, Any]) -> dict[str, Any]:

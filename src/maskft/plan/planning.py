@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
-from maskft.errors import ModelError, RecipeError
+from maskft.errors import RecipeError
 from maskft.memory import MODES
+from maskft.methods import FullMethod, MaskMethod, PeerMethod, is_fixed, trains_projector
 from maskft.plan.predict import Peak, Predictor
 from maskft.plan.skeleton import Skeleton
 from maskft.plan.step import Load
 from maskft.plan.ways import PLAIN, SAME, Way, with_mode
-from maskft.recipe import MaskMethod, Recipe
-from maskft.targets import projector_names
+from maskft.recipe import Recipe
 from maskft.training import training_arguments
-from maskft.tuner import MaskConfig
+from maskft.tuner import MaskConfig, Peer
 from maskft.vlm.load import load_skeleton
+from maskft.whole import find_projector_names, whole_parameters
 
 RANK = 16
 """Of LoRA and QLoRA, to compare with."""
@@ -186,21 +187,39 @@ def _load(
 def _own(recipe: Recipe, skeleton: Skeleton) -> Way:
     """The recipe's way."""
     method, quantization = recipe.method, recipe.model.quantization
+    if is_fixed(method):
+        raise RecipeError("method.fixed makes no training step, so there is nothing to plan.")
+    whole = tuple(find_projector_names(skeleton.model)) if trains_projector(method) else ()
+    beside: dict[str, Any] = {"quantization": quantization, "whole": whole}
     if isinstance(method, MaskMethod):
         memory = method.memory
         name = "H-MFT" if method.gate in ("topk", "threshold") else "S-MFT"
         config = skeleton.targets(method.config())
-        return Way(f"recipe: {name} {memory}", "mask", MODES[memory], config, quantization=quantization)
-    names = projector_names(skeleton.model)
-    if not names:
-        raise ModelError(f"{type(skeleton.model).__name__} has no projector by a known name.")
+        return Way(f"recipe: {name} {memory}", "mask", MODES[memory], config, **beside)
+    if isinstance(method, PeerMethod):
+        peer = method.peer()
+        where = method.model_dump(include={"scope", "modules", "layers", "target_modules"})
+        config = skeleton.targets(MaskConfig(**where))
+        return Way(f"recipe: {_peer_name(peer, quantization)}", "lora", PLAIN, config, peer=peer, **beside)
+    if isinstance(method, FullMethod):
+        trained = tuple(whole_parameters(skeleton.model, **method.model_dump(exclude={"name"})))
+        return Way("recipe: full", "full", PLAIN, MaskConfig(target_modules=list(trained)), trained=trained)
+    names = find_projector_names(skeleton.model)
     return Way("recipe: projector", "projector", PLAIN, MaskConfig(target_modules=names))
+
+
+def _peer_name(peer: Peer, quantization: str) -> str:
+    names = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "unilora": "Uni-LoRA", "hira": "HiRA"}
+    name = names[peer.variant if peer.kind == "lora" else peer.kind]
+    length = f", {peer.vector_length:,} numbers" if peer.kind == "unilora" else ""
+    few_bits = quantization != "none"
+    return f"{'Q' if few_bits else ''}{name} r{peer.rank}{length}{f', {quantization}' if few_bits else ''}"
 
 
 def _peers(recipe: Recipe, own: Way, skeleton: Skeleton) -> Iterator[Way]:
     """Other ways to train the same layers; beside stage 1 those that are masked by default."""
     quantization = recipe.model.quantization
-    chosen = own.config if own.kind == "mask" else skeleton.targets(MaskConfig())
+    chosen = own.config if own.kind in ("mask", "lora") else skeleton.targets(MaskConfig())
     dense = replace(chosen, gate="soft", score_layout="dense", storage="float32", ranking="matrix")
     for memory, mode in MODES.items():
         yield replace(with_mode(f"S-MFT {memory}", dense, mode, quantization), clipped=own.clipped)
@@ -220,8 +239,9 @@ def _options(own: Way, load: Load, ranks: int) -> Iterator[tuple[str, Any]]:
                 yield f"method.memory={memory}", _mode(memory)
         if own.config.score_layout == "dense":
             yield "method.score_layout=low-rank", _layout
-        if own.quantization == "none" and ranks == 1:
-            yield "model.quantization=nf4", _few_bits
+    quantizable = own.kind == "mask" or (own.peer is not None and own.peer.kind == "lora")
+    if quantizable and own.quantization == "none" and ranks == 1:
+        yield "model.quantization=nf4", _few_bits
     if not load.checkpointing:
         yield "training.gradient_checkpointing=true", _checkpointing
     if load.batch > 1:

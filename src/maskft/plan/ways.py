@@ -17,9 +17,9 @@ from maskft.memory import MODES, Mode, use_kernels
 from maskft.optim import SMALL
 from maskft.plan.skeleton import Skeleton
 from maskft.scores import Dense
-from maskft.tuner import MaskConfig, attach
+from maskft.tuner import MaskConfig, Peer, Targets, attach
 from maskft.tuner.layer import MaskLayer
-from maskft.tuner.lora import attach_lora
+from maskft.whole import train_whole
 
 PLAIN = Mode("float32", "float32", step_in_backward=False)
 """AdamW as Trainer makes it."""
@@ -33,7 +33,7 @@ class Way:
 
     Attributes:
         name: for tables.
-        kind: "mask", "lora", "full" or "projector".
+        kind: "mask", "lora" (which stands for all adapters of other methods), "full" or "projector".
         mode: what is kept for each trained number: see `maskft.memory`, and below for what is no mask.
         config: of the masks, for "mask"; for "lora" its layers are those that get factors.
         rank: of LoRA.
@@ -41,6 +41,9 @@ class Way:
         dtype: of all weights, where it isn't the recipe's.
         compiled: masks are computed by compiled code.
         clipped: gradients are clipped, for which they are written down.
+        peer: an adapter of another method; default: LoRA of `rank`.
+        whole: names of modules that are trained whole beside an adapter.
+        trained: names of the parameters that "full" trains, in fp32; default: all outside the vision encoder.
     """
 
     name: str
@@ -52,11 +55,15 @@ class Way:
     dtype: torch.dtype | None = None
     compiled: bool = True
     clipped: bool = False
+    peer: Peer | None = None
+    whole: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
 
     def key(self) -> Any:
         """What a pass through the model depends on; ways that share it differ in bytes per trained number alone."""
         described = tuple(sorted((k, str(v)) for k, v in self.config.to_dict().items()))
-        return self.kind, described, self.rank, self.quantization, self.dtype, self.compiled, self.fused
+        own = self.peer, self.whole, self.trained
+        return self.kind, described, self.rank, self.quantization, self.dtype, self.compiled, self.fused, own
 
     @property
     def fused(self) -> bool:
@@ -88,7 +95,7 @@ class Way:
                 parameter.data = parameter.data.to(self.dtype)
         if self.kind == "mask":
             named: dict[str, Any] = {"target_modules": set(names), "target_parameters": parameters or None}
-            masked = attach(model, replace(self.config, **named))
+            masked = attach(model, replace(self.config, **named), whole=self.whole)
             if self.compiled:
                 use_kernels(masked)
             for layer in masked.modules() if self.fused else ():
@@ -97,7 +104,12 @@ class Way:
                     layer.score_steps.update(dict.fromkeys(dense, _Step()))
             return masked
         if self.kind == "lora":
-            return attach_lora(model, self.rank, names, parameters)
+            targets = Targets(target_modules=tuple(names), parameters=tuple(parameters))
+            peer = replace(self.peer, targets=targets) if self.peer else Peer("lora", targets, self.rank)
+            return attach(model, peer, whole=self.whole)
+        if self.trained:
+            train_whole(model, _present(model, self.trained))
+            return model
         if self.kind == "full":
             frozen = skeleton.vision()
             for name, parameter in model.named_parameters():

@@ -102,7 +102,7 @@ def _view(folder: Path, name: str) -> RunView:
 
 def _masks(folder: Path, recipe: Recipe) -> tuple[list[LayerMask], str]:
     if not isinstance(recipe.method, MaskMethod):
-        return [], "This run trained the projector; it has no mask."
+        return [], f"This run's method is '{recipe.method.name}'; it has no mask."
     if not (folder / "adapter_model.safetensors").is_file():
         return [], "The run has not finished, so there is no mask yet."
     try:

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 
 from maskft.errors import AdapterError, ModelError, UserError
 from maskft.tuner.config import MaskConfig
+from maskft.tuner.peers import Peer
 from maskft.tuner.settings import CONFIG, WEIGHTS, read_settings
 
 
-def attach(model: Any, config: MaskConfig) -> PeftModel:
-    """Wrap `model` with a new mask adapter; its own weights are frozen and untouched.
+def attach(model: Any, adapter: MaskConfig | Peer, *, whole: Sequence[str] = ()) -> PeftModel:
+    """Wrap `model` with a new adapter; its own weights are frozen and untouched.
+
+    Args:
+        model: the base.
+        adapter: a mask's configuration, or another method's settings.
+        whole: names of modules that are trained whole beside the adapter, on copies in fp32.
 
     Raises:
-        ModelError: the targets match nothing that can be masked.
+        ModelError: the targets match nothing that can be adapted, or something in `whole`.
     """
+    masks = isinstance(adapter, MaskConfig)
+    config: Any = adapter if isinstance(adapter, MaskConfig) else adapter.config(model)
+    config.modules_to_save = list(whole) or config.modules_to_save
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")  # PEFT finds the right one by itself
+            wrapped = get_peft_model(model, config)
     except UserError:
         raise
-    except ValueError as error:  # PEFT's own complaints about targets
-        raise ModelError(f"cannot put masks on {type(model).__name__}: {error}") from error
+    except (TypeError, ValueError) as error:  # PEFT's own complaints about targets
+        what = "masks" if masks else config.peft_type.value
+        raise ModelError(f"cannot put {what} on {type(model).__name__}: {error}") from error
+    inside = [name for name in wrapped.targeted_module_names if any(name.startswith(f"{one}.") for one in whole)]
+    if inside:
+        raise ModelError(
+            f"{inside[0]} would be trained whole and carry an adapter. Take it out of method.target_modules, or set "
+            "method.train_projector to false."
+        )
+    for module in wrapped.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    return wrapped
 
 
 def attach_saved(model: Any, folder: Path) -> PeftModel:

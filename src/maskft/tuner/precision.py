@@ -40,7 +40,7 @@ def restore_score_dtype(model: nn.Module, adapter_name: str, dtype: torch.dtype)
 
 @contextmanager
 def kept_scores(model: nn.Module) -> Iterator[None]:
-    """Scores that are cast inside the block are what they were before after it, bit for bit.
+    """Scores, and all else that is trained, are what they were before after the block, bit for bit.
 
     Build a TRL trainer inside it to go on from scores that have been trained already.
     """
@@ -51,6 +51,7 @@ def kept_scores(model: nn.Module) -> Iterator[None]:
         for name in module.mask_layout
         for parameter in module.parameters_of(name)
     ]
+    scores += [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
     for parameter, values in scores:
         if parameter.dtype != values.dtype:

@@ -91,7 +91,7 @@ class QuantizedLinear(Linear):
         scores = [parameter for mask in masks for parameter in mask.parameters]
         if safe_merge and not all(torch.isfinite(t).all() for t in (weight, *scores)):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        return _dense(weight, self.frozen(), dtype)
+        return dense_linear(weight, self.frozen(), dtype)
 
     def _prepare_input(self, x: Tensor) -> Tensor:
         """x in the dtype to compute in: autocast's where it is on, else the layer's, if it has one, else its own."""
@@ -206,13 +206,13 @@ def merge_in_full_precision(
         if isinstance(module, QuantizedLinear):
             bare.set_submodule(name, module.dense_layer(wanted, safe_merge, adapter_names))
         elif isinstance(module, nn.Linear) and not name.endswith(".base_layer") and (kept := format_of(module)):
-            bare.set_submodule(name, _dense(kept.unpack(kept.read(module, exact=False)), module, wanted))
+            bare.set_submodule(name, dense_linear(kept.unpack(kept.read(module, exact=False)), module, wanted))
     _forget_quantization(bare)
     merged: nn.Module = model.merge_and_unload(safe_merge=safe_merge, adapter_names=adapter_names)
     return merged
 
 
-def _dense(weight: Tensor, like: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
+def dense_linear(weight: Tensor, like: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
     """A frozen plain linear layer with a weight (out, in) and the bias of another layer."""
     bias: Any = like.bias
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")

@@ -15,6 +15,8 @@ from maskft.tuner.config import MaskConfig
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+WHOLE = ("projector.safetensors", "trained_weights.safetensors")
+"""What runs without an adapter end with."""
 MAX_BYTES = 1 << 20
 """Of the configuration file."""
 
@@ -26,6 +28,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         AdapterError: a file is missing or is no JSON object, the adapter is of another method, or has unknown keys or
             values of the wrong type.
     """
+    for name in WHOLE:
+        if (folder / name).is_file() and not (folder / WEIGHTS).is_file():
+            raise AdapterError(f"{folder} holds weights that were trained whole ({name}), and no mask.")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no adapter: {name} is missing. Give the folder of a finished run.")
