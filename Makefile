@@ -7,7 +7,7 @@ STAMP := .venv/.maskft-setup
 PARTS := requirements/demo-parts.txt
 PINS := requirements/constraints.txt
 
-.PHONY: setup demo test test-slow test-browser lint bench stage1 tables audit
+.PHONY: setup demo test test-slow studies-smoke test-browser lint bench stage1 tables audit docs notebook dist
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# Every study at toy size; part of `make test`.
+studies-smoke: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/studies/test_smoke.py
+
 # Needs Chromium from the system's packages: apt-get install chromium
 test-browser: setup
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[app,browser]'
@@ -62,8 +66,21 @@ stage1: setup
 tables: setup
 	$(BIN)/python -m maskft.report.results readme studies/quickstart README.md
 
-# Known flaws of the pinned versions, from the Python Package Index; pip-audit has an environment of its own.
+# The pages as a site that any web server can offer; needs no network.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebook: setup
+	$(BIN)/python docs/site/notebook.py docs/tutorials/quickstart.ipynb
+
+# Source archive and wheel; tests/release looks into both.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+# Known flaws of the pinned versions, from the Python Package Index; pip-audit has an environment of its own. A package
+# that could not be looked up is an error.
 audit:
 	test -x .venv/audit/bin/pip-audit || $(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet pip-audit
-	.venv/audit/bin/pip-audit --no-deps --disable-pip --requirement $(PINS)
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $(PINS)

@@ -15,7 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
-    **dict.fromkeys(("folders", "yamlfile", "checkpoints"), 1),
+    **dict.fromkeys(("folders", "yamlfile", "checkpoints", "shipped"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "stepping", "measures", "whole"), 3),
     "methods": 3.5,
@@ -23,7 +23,8 @@ LEVELS = {
     **dict.fromkeys(("runs", "inspection", "guard", "mask_stats", "presence"), 5),
     "trainer": 6,
     "training": 7,
-    **dict.fromkeys(("evaluation", "analysis", "plan", "preview"), 8),
+    **dict.fromkeys(("evaluation", "plan", "preview", "card"), 8),
+    "analysis": 8.5,
     "studies": 9,
     "report": 10,
     "app": 11,
@@ -37,6 +38,7 @@ HOMES = {
     "gguf": {"vlm"},
     "onnx": {"vlm"},
     "optuna": {"studies"},
+    "sqlalchemy": {"studies"},
     "gradio": {"app"},
     "jinja2": {"report"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 import maskft.training
 from maskft.adapters.export import export_merged
 from maskft.data import Collator
-from maskft.errors import AdapterError, ModelError
+from maskft.errors import AdapterError, ModelError, RecipeError
 from maskft.evaluation.candidates import find_candidate, wearing
 from maskft.evaluation.evaluate import evaluate_run
 from maskft.learnt import ADAPTER, TRAINED, result_name
@@ -26,7 +27,9 @@ from maskft.recipe import load_recipe
 from maskft.runs import LoadedRun, load_data, load_run
 from maskft.training import train
 from maskft.vlm.load import load_model
+from tests.evaluation.tiny import tiny_base
 from tests.faults.tiny_run import write_recipe
+from tests.test_cli import call
 
 PROJECTOR = "scope: [language], train_projector: true"
 METHODS = {
@@ -45,6 +48,7 @@ METHODS = {
     "full by name": "{name: full, target_modules: [embed_tokens, lm_head]}",
     "projector": "{name: projector}",
 }
+QUICK = ("random mask", "lora and projector", "unilora", "full")
 FIXED = ("random mask", "magnitude mask")
 LAYER = {"q": (16, 16), "k": (8, 16), "v": (8, 16), "o": (16, 16), "gate": (32, 16), "up": (32, 16), "down": (16, 32)}
 """Shapes (out, in) of a layer of the tiny language model, which has two."""
@@ -70,6 +74,8 @@ BOUNDS = {"mask": 0.0, "mask and projector": 0.0, "random mask": 0.0, "magnitude
 """Largest difference of logits by merging: masks and whole weights are what was computed with. Others compute beside
 the weights, so that sums round otherwise: some units in the last place of fp32 at logits of up to about 10."""
 ROUNDING = 1e-4
+AGAIN = 1e-5
+"""Of the same computation on tensors that lie elsewhere: kernels of a CPU may sum by alignment."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("methods") / "recipe", max_steps=3, learning_rate=0.01)
 
 
-@pytest.fixture(scope="module", params=METHODS)
+def some(names: Iterable[str]) -> list[Any]:
+    """Methods as parameters; those that are close to others, or compile kernels, are slow."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module", params=some(METHODS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -157,14 +168,14 @@ def test_comes_back_from_disk_with_its_base_beneath(name: str, trained: Trained)
     assert not torch.equal(tuned, untouched)
     with trained.run.base() as bare:
         assert torch.equal(trained.logits(bare), untouched)
-    assert torch.equal(trained.logits(trained.run.model), tuned)
+    assert (trained.logits(trained.run.model) - tuned).abs().max() <= AGAIN
 
 
 def test_is_worn_and_taken_off(name: str, trained: Trained) -> None:
     model = base(trained)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with wearing(model, find_candidate(str(trained.folder))) as worn:
-        assert torch.equal(trained.logits(worn), trained.logits(trained.run.model))
+        assert (trained.logits(worn) - trained.logits(trained.run.model)).abs().max() <= AGAIN
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
@@ -172,7 +183,7 @@ def test_is_worn_and_taken_off(name: str, trained: Trained) -> None:
 
 def test_merged_is_unmerged(name: str, trained: Trained, tmp_path: Path) -> None:
     run = load_run(trained.folder)
-    difference = export_merged(run.model, run.processor, tmp_path / "merged", probe=trained.probe)
+    difference = export_merged(run.model, run.processor, tmp_path / "merged", probe=trained.probe).difference
     whole = result_name(run.recipe.method) != ADAPTER
     assert difference <= (0.0 if whole else BOUNDS.get(name, ROUNDING))
 
@@ -183,8 +194,7 @@ def test_goes_on_where_it_stopped(name: str, recipe: Path, trained: Trained, tmp
     shutil.copytree(trained.folder, again)
     result = again / result_name(trained.run.recipe.method)
     result.unlink()
-    for number in ("checkpoint-3",):
-        shutil.rmtree(again / "checkpoints" / number, ignore_errors=True)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-3", ignore_errors=True)
     (again / "metrics.json").unlink()
     metrics = train(load_recipe(recipe, [f"method={METHODS[name]}"]), again)
     assert metrics["train"]["resumed_from_step"] == (None if name in FIXED else 2)
@@ -225,7 +235,7 @@ def test_dry_run_names_what_is_trained_whole(recipe: Path, tmp_path: Path) -> No
         ("{name: full, modules: attn, layers: '7'}", r"layers names \[7\]"),
         (
             "{name: lora, target_modules: [linear_1], train_projector: true}",
-            "would be trained whole and carry an adapter",
+            "cannot put LORA.*No modules",
         ),
         ("{name: unilora, target_modules: [patch_embedding]}", "cannot put UNILORA"),
     ],
@@ -247,6 +257,28 @@ def test_defaults_of_training(recipe: Path, tmp_path: Path) -> None:
         assert (arguments.learning_rate, arguments.max_grad_norm, arguments.adam_epsilon) == (rate, 1.0, 1e-8)
 
 
+def test_the_best_checkpoint_is_kept(recipe: Path, tmp_path: Path) -> None:
+    """With a rate at which weights run away, the first checkpoint is the best one."""
+    content = json.loads(recipe.read_text())
+    content["data"]["split"] = {"validation": 0.34}
+    content["training"].update(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True)
+    content["training"].update(learning_rate=1.0, max_grad_norm=0.0, max_steps=2)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(content))
+    metrics = train(load_recipe(path, [f"method={METHODS['full attention']}"]), tmp_path / "run")
+    best = metrics["train"]["best_step"]
+    checkpoint = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{best}" / TRAINED)
+    saved = load_file(tmp_path / "run" / TRAINED)
+    assert saved.keys() == checkpoint.keys()
+    assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in saved.items())
+
+
+def test_one_vector_is_not_taken_to_pieces(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match=r"whose one vector lies in all layers.*ddp\.yaml"):
+        maskft.training.training_arguments(load_recipe(recipe, [f"method={METHODS['unilora']}"]), tmp_path)
+
+
 def test_a_projector_beside_an_adapter_has_its_own_rate(recipe: Path, tmp_path: Path) -> None:
     """With a rate next to nothing the projector stays, whatever the adapter's rate is."""
     method = f"{{name: lora, rank: 2, projector_learning_rate: 1e-30, {PROJECTOR}}}"
@@ -255,12 +287,13 @@ def test_a_projector_beside_an_adapter_has_its_own_rate(recipe: Path, tmp_path: 
     own = dict(load_model(str(json.loads(recipe.read_text())["model"]["base"]), dtype="float32").named_parameters())
     kept = {name: tensor for name, tensor in saved.items() if "projector" in name}
     assert len(kept) == 4
-    assert all(torch.equal(t, own[name.removeprefix("base_model.model.")]) for name, t in kept.items())
+    moved = [(tensor - own[name.removeprefix("base_model.model.")]).abs().max() for name, tensor in kept.items()]
+    assert max(moved) < 1e-29
     assert any(tensor.any() for name, tensor in saved.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("name", ["lora", "unilora", "hira", "full", "lora and projector", "projector"], scope="module")
-def test_bfloat16_keeps_what_is_trained_in_fp32(name: str, recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("kind", some(["dora", "unilora", "hira", "full", "lora and projector", "projector"]))
+def test_bfloat16_keeps_what_is_trained_in_fp32(kind: str, recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
     kinds = set()
     save = maskft.training.save_result
 
@@ -270,29 +303,31 @@ def test_bfloat16_keeps_what_is_trained_in_fp32(name: str, recipe: Path, tmp_pat
 
     monkeypatch.setattr(maskft.training, "save_result", watched)
     run = tmp_path / "run"
-    train(load_recipe(recipe, [f"method={METHODS[name]}", "model.dtype=bfloat16", "training.max_steps=2"]), run)
+    train(load_recipe(recipe, [f"method={METHODS[kind]}", "model.dtype=bfloat16", "training.max_steps=2"]), run)
     assert kinds == {torch.float32}
     loaded = load_run(run)
     whole = [p for key, p in loaded.model.named_parameters() if _base_name(key)]
     assert {p.dtype for p in whole} == {torch.bfloat16}
     rows = load_data(loaded.recipe)["train"]
     probe = Collator(loaded.processor, max_length=None).prompts([rows[0]])
-    difference = export_merged(loaded.model, loaded.processor, tmp_path / "merged", probe=probe)
-    assert difference <= (0.0 if name in ("full", "projector") else 0.25)  # a few steps of bf16 at logits of about 10
+    difference = export_merged(loaded.model, loaded.processor, tmp_path / "merged", probe=probe).difference
+    assert difference <= (0.0 if kind in ("full", "projector") else 0.25)  # a few steps of bf16 at logits of about 10
 
 
 def test_qlora_trains_in_fp32_and_merges_without_quantising_again(recipe: Path, tmp_path: Path) -> None:
-    overrides = ["method={name: lora, rank: 2}", "model.quantization=nf4", "model.dtype=bfloat16"]
+    wide = tiny_base(tmp_path / "base", width=64)  # whole blocks for kernels of 4 bits
+    overrides = ["method={name: lora, rank: 2}", "model.quantization=nf4", "model.dtype=bfloat16", f"model.base={wide}"]
     run = tmp_path / "run"
     metrics = train(load_recipe(recipe, overrides), run)
-    assert metrics["train"]["trainable_parameters"] == COUNTS["lora"]
+    ends = 2 * (128 + 96 + 96 + 128 + 3 * 192) + 2 * (64 + 64)  # q, k, v, o, gate, up, down; the projector
+    assert metrics["train"]["trainable_parameters"] == 2 * ends
     saved = load_file(run / ADAPTER)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
     assert any((t != t.bfloat16().float()).any() for t in saved.values())  # never rounded to bf16
     loaded = load_run(run)
     rows = load_data(loaded.recipe)["train"]
     probe = Collator(loaded.processor, max_length=None).prompts([rows[0]])
-    difference = export_merged(loaded.model, loaded.processor, tmp_path / "merged", probe=probe)
+    difference = export_merged(loaded.model, loaded.processor, tmp_path / "merged", probe=probe).difference
     assert difference <= 0.25  # a few steps of bf16 at logits of about 10
     reloaded = load_model(str(tmp_path / "merged"), dtype="bfloat16")
     assert {p.dtype for p in reloaded.parameters()} == {torch.bfloat16}
@@ -319,6 +354,35 @@ def test_evaluation_compares_with_the_base(recipe: Path, tmp_path: Path) -> None
         scores, records = evaluate_run(run)
         assert scores["test_examples"] == len(records) == 6
         assert {"base", "tuned", "blind"} <= set(scores)
+
+
+@pytest.mark.parametrize(
+    ("method", "refusal"),
+    [
+        ("{name: lora}", "holds an adapter of method LORA, not MASK"),
+        ("{name: full}", "holds weights that were trained whole (trained_weights.safetensors), and no mask"),
+    ],
+)
+def test_commands(
+    method: str,
+    refusal: str,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, changes = tmp_path / "run", (f"method={method}", "training.max_steps=1")
+    assert call(monkeypatch, "train", recipe, "--output", run, *changes) == 0
+    shown = capsys.readouterr().out
+    assert "trained 1 steps" in shown
+    assert result_name(load_recipe(recipe, changes).method) in shown.replace("\n", "")
+    for command in (["inspect", run], ["pack", run, tmp_path / "packed", "--storage", "int8"]):
+        assert call(monkeypatch, *command) == 2
+        assert refusal in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, "ask", run, recipe.parent / "0.png", "shape ?", "--json") == 0
+    assert {"base", "tuned"} <= set(json.loads(capsys.readouterr().out))
+    assert "it has no mask" in (run / "report.html").read_text()
+    assert (run / "README.md").is_file() == ("lora" in method)
 
 
 class TestDamaged:

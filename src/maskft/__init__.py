@@ -1,6 +1,12 @@
 """Mask fine-tuning for vision-language models.
 
 `from maskft import MaskConfig` registers the method with PEFT; nothing else happens on import.
+
+    `MaskConfig`   what is masked, and by which gate: the configuration that `peft.get_peft_model` takes
+    `__version__`  of the package; the wheel's is read here
+
+All else is imported from where it is: `maskft.gates`, `maskft.tuner`, `maskft.adapters`, `maskft.data`,
+`maskft.recipe`, `maskft.training`, `maskft.evaluation`, `maskft.analysis`.
 """
 
 from typing import TYPE_CHECKING, Any

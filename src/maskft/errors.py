@@ -38,6 +38,10 @@ class RunError(UserError):
     """A run folder is missing something, or belongs to another recipe."""
 
 
+class StudyError(UserError):
+    """A study's file, its storage or its runs cannot be used."""
+
+
 class AuditError(UserError):
     """A strict audit found masks that cannot learn."""
 

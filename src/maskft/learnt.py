@@ -84,10 +84,16 @@ def exchange(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """Write values over those of parameters and buffers of the same names; returns what was there."""
     own = module.state_dict()
     before = {name: own[name].clone() for name in tensors}
+    overwrite(module, tensors)
+    return before
+
+
+def overwrite(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write values over those of parameters and buffers of the same names."""
+    own = module.state_dict()
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-    return before
 
 
 def save_result(method: Method, model: Any, output: Path, *, dtype: torch.dtype, say: Callable[[str], None]) -> None:

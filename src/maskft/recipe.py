@@ -24,6 +24,7 @@ from maskft.methods import (
 )
 from maskft.methods import MaskMethod as MaskMethod
 from maskft.methods import ProjectorMethod as ProjectorMethod
+from maskft.shipped import find_recipe
 from maskft.yamlfile import YamlError, dump_yaml, parse_yaml, read_yaml
 
 RELATIVE_STEP = 0.002
@@ -59,7 +60,13 @@ class ModelSection(Section):
     """Run Python code that comes with the model folder. Only for folders you trust."""
 
 
-class EasyVqaData(Section):
+class _Data(Section):
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Train on so much of the training part, drawn with `share_seed`."""
+    share_seed: int = 0
+
+
+class EasyVqaData(_Data):
     """The demo's data, from the package easy-vqa."""
 
     kind: Literal["easy-vqa"]
@@ -79,7 +86,7 @@ class Split(Section):
     seed: int = 0
 
 
-class FilesData(Section):
+class FilesData(_Data):
     """LLaVA JSON, or messages + images as JSON, JSON lines, parquet or a saved Hugging Face data set."""
 
     kind: Literal["files"]
@@ -125,11 +132,12 @@ class Recipe(Section):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides such as "training.max_steps=24".
+    """Read a recipe, a file or a shipped one's name, and apply overrides such as "training.max_steps=24".
 
     Raises:
         RecipeError: no such file, not YAML, an unknown key (the nearest valid one is named), a wrong value.
     """
+    path = find_recipe(path)
     try:
         content = read_yaml(path)
     except OSError as error:

@@ -24,6 +24,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image
 from maskft.errors import DataError, RecipeError, RunError
 from maskft.learnt import before_training, put_on, result_name
@@ -109,6 +111,15 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
         DataError: a file has a flaw, or two parts share images.
         RecipeError: a part is given twice.
     """
+    parts = _whole_data(recipe)
+    if recipe.data.share < 1:
+        rows = np.random.default_rng(recipe.data.share_seed).permutation(len(parts["train"]))
+        kept = sorted(rows[: max(1, round(recipe.data.share * len(rows)))].tolist())
+        parts["train"] = parts["train"].select(kept)
+    return parts
+
+
+def _whole_data(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     if isinstance(data, EasyVqaData):
         return load_easy_vqa(data.part, limits=data.limits, seed=data.seed, turns=data.turns)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from trl import SFTTrainer
 from maskft.audit import MaskAudit
 from maskft.data import IGNORED, Collator
 from maskft.guard import GuardedTrainer
+from maskft.learnt import TRAINED, overwrite
 from maskft.mask_stats import MaskStatistics
 from maskft.memory import cache_weights, fuse_steps, keep_inputs_frozen, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW
@@ -135,6 +137,33 @@ class LabelledPositionsTrainer(GuardedTrainer, SFTTrainer):
             )
             fuse_steps(self.model, self.in_backward)
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As Trainer's; of a model without adapter only what is trained, by the names it has here.
+
+        Transformers saves some models by other names than those that it looks for when training goes on.
+        """
+        if hasattr(self.model, "peft_config") or self.accelerator.distributed_type not in _WHOLE:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+            save_file(trained, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        file = Path(resume_from_checkpoint) / TRAINED
+        if file.is_file():
+            overwrite(self.model, load_file(file))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        file = Path(self.state.best_model_checkpoint) / TRAINED
+        if file.is_file():
+            overwrite(self.model, load_file(file))
+        else:
+            super()._load_best_model()
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The norm of the gradients that were used in the backward pass, each clipped there; else as Trainer's."""

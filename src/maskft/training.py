@@ -90,6 +90,11 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
     masked = isinstance(recipe.method, MaskMethod)
     # FSDP's own bf16 would round the scores as well, and a base in bf16 computes in it anyway
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if sharded and recipe.method.name == "unilora":
+        raise RecipeError(
+            "method.name is 'unilora', whose one vector lies in all layers, so that FSDP cannot split it. Train it "
+            "with copies of the model (recipes/distributed/ddp.yaml)."
+        )
     computed = {
         "bf16": recipe.model.dtype == "bfloat16" and not (masked and sharded),
         "fp16": recipe.model.dtype == "float16",

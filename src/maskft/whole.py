@@ -85,7 +85,9 @@ def _of_parts(model: nn.Module, scope: Sequence[str]) -> set[str]:
         raise ModelError(f"scope is {list(scope)}; each part must be one of {', '.join(SCOPES)}, and one is needed.")
     parts = {name: named_part(name) for name, _ in model.named_parameters()}
     wanted = {"other" if part == "language" else part for part in scope}  # nothing around the language model names it
-    missing = [part for part in scope if ("other" if part == "language" else part) not in parts.values()]
+    present = {"language" if part == "other" else part for part in parts.values()}
+    alone = {"projector"} if "language" in scope and "vision" not in present else set()  # a language model by itself
+    missing = [part for part in scope if part not in present | alone]
     if missing:
         raise ModelError(f"{type(model).__name__} has no part {' and no part '.join(missing)} by a known name.")
     return {name for name, part in parts.items() if part in wanted}

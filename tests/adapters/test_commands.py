@@ -75,6 +75,7 @@ class TestPack:
         if recipe:  # a run of its own, without scores of the other
             assert run_recipe(tmp_path / "out") == run_recipe(tmp_path / "source")
             assert read_metrics(tmp_path / "out") == {"train": {"steps": 3}}
+            assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
 
     def test_mistakes(self, run: Call, tmp_path: Path) -> None:
         source = saved(tmp_path / "source", gate="topk")

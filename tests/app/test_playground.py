@@ -179,5 +179,5 @@ def test_what_is_no_mask(place: Path) -> None:
     section = ModelSection(base=str(place / "base"))
     with pytest.raises(UserError, match="needs a mask"):
         Playground([Candidate("base", section)])
-    with pytest.raises(UserError, match="x trained a projector"):
+    with pytest.raises(UserError, match="x trained weights of the base"):
         Playground([Candidate("x", section, place, "projector.safetensors")])

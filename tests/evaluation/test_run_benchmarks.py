@@ -405,7 +405,7 @@ MISTAKES = {
     "no such data": (("--benchmark", "pope", "--data", "nowhere"), "nowhere/pope/llava_pope_test.jsonl"),
     "no such type": (("--benchmark", "pope", "--data", ".", "--dtype", "int8"), "--dtype is 'int8'"),
     "held-out options": (("--benchmark", "pope", "--data", ".", "--split", "test"), "--split can be used only without"),
-    "benchmark options": (("--data", ".", "--batch-size", "4"), "--data, --batch-size can be used only with"),
+    "benchmark options": (("--data", ".", "--batch-size", "4"), "--batch-size can be used only with"),
     "no question": (("--benchmark", "pope", "--data", ".", "--limit", "0"), "--limit"),
 }
 

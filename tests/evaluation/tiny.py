@@ -13,20 +13,27 @@ from tests.data.helpers import MARKED, make_processor
 from tests.tuner.models import TEXT, scatter
 
 
-def tiny_base(folder: Path, seed: int = 0) -> Path:
-    """Save a model of two layers that sees 28 x 28 pixels as four tokens."""
+def tiny_base(folder: Path, seed: int = 0, width: int = 16) -> Path:
+    """Save a model of two layers that sees 28 x 28 pixels as four tokens; `width` is its hidden size."""
     processor = make_processor(MARKED)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         image_size=28,
         patch_size=14,
         initializer_range=0.3,
     )
-    sizes = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "pad_token_id": None}
+    sizes = {
+        **TEXT,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 512,
+        "pad_token_id": None,
+    }
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(

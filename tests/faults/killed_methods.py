@@ -22,7 +22,7 @@ def main(recipe: Path, output: Path, methods: list[str]) -> None:
     for n, method in enumerate(methods):
         overrides = [f"method={method}"]
         live(recipe, overrides, output / f"{n}-whole", None)
-        deadly = draw.randint(8, 40)
+        deadly = draw.randint(6, 20)
         deaths.append(0 if live(recipe, overrides, output / f"{n}-killed", deadly) else deadly)
         live(recipe, overrides, output / f"{n}-killed", None)
     print(json.dumps(deaths))  # noqa: T201

@@ -26,6 +26,8 @@ NAMES = {
     "projector": "recipe: projector",
 }
 
+QUICK = ("lora and projector", "unilora", "full attention", "projector")
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,7 +40,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "_peers", lambda *_: ())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES])
 @pytest.mark.usefixtures("_alone")
 def test_the_recipes_own_way_comes_first(name: str, recipe: Path) -> None:
     found = plan(load_recipe(recipe, [f"method={METHODS[name]}"]), budget=1000)
@@ -47,7 +49,8 @@ def test_the_recipes_own_way_comes_first(name: str, recipe: Path) -> None:
     assert row.peak.trained == 4 * COUNTS[name]  # fp32
     assert row.peak.moments == 8 * COUNTS[name]
     assert not row.fits
-    assert any("nf4" in change.settings[0] for change in found.changes) <= (name != "full attention")
+    proposed = {setting for change in found.changes for setting in change.settings}
+    assert ("model.quantization=nf4" in proposed) <= (name in ("mask and projector", "lora", "rslora"))
 
 
 @pytest.mark.usefixtures("_alone")
@@ -58,11 +61,19 @@ def test_full_fine_tuning_of_all_but_the_vision_encoder(recipe: Path) -> None:
     assert found.rows[0].peak.trained == 4 * trained
 
 
-def test_a_quantised_peer(recipe: Path) -> None:
+@pytest.mark.slow
+def test_other_ways_to_train_the_layers_of_a_peer(recipe: Path) -> None:
     found = plan(load_recipe(recipe, ["method={name: lora, layers: '1'}", "model.quantization=nf4"]))
     names = [row.name for row in found.rows]
     assert names[0] == "recipe: QLoRA r16, nf4"
-    assert "S-MFT tight" in names
+    assert {"S-MFT tight", "H-MFT fast", "full, fp32"} <= set(names)
+    lora = next(row for row in found.rows if row.name == "QLoRA r16, nf4")
+    assert lora.peak.trained == found.rows[0].peak.trained
+
+
+def test_dora_beside_a_quantised_base_is_not_planned(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"Plan it with model\.quantization=none"):
+        plan(load_recipe(recipe, ["method={name: lora, variant: dora}", "model.quantization=nf4"]))
 
 
 def test_a_fixed_mask_makes_no_step(recipe: Path) -> None:

@@ -55,9 +55,10 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_training_leaves_a_report(run: Call, trained: Path) -> None:  # noqa: F811
+def test_training_leaves_a_report_and_a_card(run: Call, trained: Path) -> None:  # noqa: F811
     code, out, err = run("train", trained.parent / "recipe.yaml", "--output", trained)
     assert code == 0, err
+    assert (trained / "README.md").read_text().startswith("---\nlibrary_name: peft\n")
     assert f"report   {trained / 'report.html'}\nnext" in out
     assert (trained / "report.html").is_file()
 

@@ -115,6 +115,7 @@ class Playground:
 
     @property
     def names(self) -> list[str]:
+        """Of the masks, in the order they were given."""
         return list(self._adapters)
 
     def mix(self, operation: str, first: str, second: str, share: float) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import maskft
+from maskft.cli import models, research, studying
 
 app = typer.Typer(
     name="maskft",
@@ -38,7 +39,7 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe's file, or the name of a shipped one: quickstart.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.max_steps=24.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe name>.")] = None,
     dry_run: Annotated[
@@ -50,6 +51,17 @@ def train(
     from maskft.cli.train import run
 
     run(recipe, overrides or [], output or Path("runs") / recipe.stem, dry_run=dry_run, as_json=json)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe; without a name, list all.")] = None,
+    json: AsJson = False,
+) -> None:
+    """List the recipes that ship with the package, or print one to make your own of."""
+    from maskft.cli.recipes import run
+
+    run(name, as_json=json)
 
 
 @app.command()
@@ -75,7 +87,7 @@ def check(
 
 @app.command()
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.yaml.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe's file, or the name of a shipped one: quickstart.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example method.score_layout=low-rank.")
     ] = None,
@@ -107,7 +119,12 @@ def evaluate(
     benchmark: Annotated[
         list[str] | None, typer.Option(help="all, or a comma list of gqa, mmmu, mme, pope, scienceqa, textvqa.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="The folder that holds gqa/, MMMU/, MME/, pope/ and so on.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A data file to ask instead of the run's own; with --benchmark the folder that holds gqa/, MMMU/ ..."
+        ),
+    ] = None,
     adapters: Annotated[
         list[str] | None, typer.Option(help="More runs or adapters on the same base; repeatable, or a comma list.")
     ] = None,
@@ -121,7 +138,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default the benchmark's own.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Held-out part: test (default) or validation.")] = None,
+    split: Annotated[str | None, typer.Option(help="Part: test (default), validation or train.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions.")] = None,
     show: Annotated[int | None, typer.Option(min=0, help="Questions to show with both answers; default 6.")] = None,
     json: AsJson = False,
@@ -144,12 +161,32 @@ def evaluate(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Argument(help="New folder for the merged Transformers model.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; default the run's.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a weight file, such as 500MB.")] = "5GB",
+    quantize: Annotated[
+        str | None, typer.Option(help="Save the language model in few bits: nf4, fp4, int8 or int8-torchao.")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """Multiply the mask into the weights and save an ordinary Transformers model."""
     from maskft.cli.export import run as command
 
-    command(run, out, as_json=json)
+    command(run, out, dtype=dtype, max_shard_size=max_shard_size, quantize=quantize, as_json=json)
+
+
+@app.command()
+def gguf(
+    model: Annotated[Path, typer.Argument(help="An exported model's folder.")],
+    out: Annotated[Path, typer.Argument(help="New file.")],
+    dtype: Annotated[str, typer.Option(help="Of matrices: f16 or f32.")] = "f16",
+    json: AsJson = False,
+) -> None:
+    """Write the language model of an exported folder as a GGUF file, for llama.cpp."""
+    from maskft.cli.gguf import run
+
+    run(model, out, dtype=dtype, as_json=json)
 
 
 @app.command()
@@ -307,3 +344,7 @@ def compare(
     from maskft.cli.compare import run
 
     run(a, b, base=base, split=split, as_json=json)
+
+
+for more in (models, research, studying):
+    more.add_commands(app)

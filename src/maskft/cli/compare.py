@@ -19,8 +19,10 @@ ONE_RUN = "one run a side: the interval holds questions, not training seeds; ano
 
 
 def run(a: str, b: str | None, *, base: bool, split: str, as_json: bool) -> None:
-    if split not in ("test", "validation"):
-        raise UserError(f"--split is '{split}'; it must be test or validation.")
+    if split not in ("test", "validation") and not split.startswith("data-"):
+        raise UserError(
+            f"--split is '{split}'; it must be test or validation, or data-<folder>-<file> for data of your own."
+        )
     if base == (b is not None):
         raise UserError("give two runs, or one with --base to compare what it learnt with its base.")
     from maskft.evaluation.compare import compare_runs, compare_with_base

@@ -25,6 +25,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Held-out questions, or benchmarks where some are named; each has options of its own, None where not given."""
+    if not benchmarks:
+        held_out, asked = {**held_out, "data": asked["data"]}, {**asked, "data": None}
     own, others = (asked, held_out) if benchmarks else (held_out, asked)
     if given := [f"--{name.replace('_', '-')}" for name, value in others.items() if value not in (None, [])]:
         raise UserError(f"{', '.join(given)} can be used only {'without' if benchmarks else 'with'} --benchmark.")
@@ -101,35 +103,50 @@ def _side_by_side(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _held_out(folder: Path, *, limit: int | None, as_json: bool, split: str = "test", show: int = 6) -> None:
-    if split not in ("test", "validation"):
-        raise UserError(f"--split is '{split}'; it must be test or validation.")
+def _held_out(
+    folder: Path,
+    *,
+    limit: int | None,
+    as_json: bool,
+    split: str | None = None,
+    data: Path | None = None,
+    show: int = 6,
+) -> None:
+    if split not in (None, "test", "validation", "train"):
+        raise UserError(f"--split is '{split}'; it must be test or validation, or train for what was trained on.")
+    if split and data:
+        raise UserError("--split and --data both say what to ask. Give one of them.")
+    split = split or "test"
     quiet_libraries()
-    from maskft.evaluation import evaluate_run
+    from maskft.evaluation import answers_name, evaluate_run
     from maskft.runs import read_metrics
 
-    notes.print(f"answering the {split} questions of {folder}")
-    scores, records = evaluate_run(folder, split=split, limit=limit, progress=progress)
+    notes.print(
+        f"answering the questions of {data} with {folder}" if data else f"answering the {split} questions of {folder}"
+    )
+    scores, records = evaluate_run(folder, split=split, data=data, limit=limit, progress=progress)
     if as_json:
         print_json({"run": str(folder), **scores})
     console = result_console(as_json)
-    console.print(_score_table(scores, scores[f"{split}_examples"], read_metrics(folder)["train"]))
+    asked = "questions of the data" if data else "training questions" if split == "train" else "held-out questions"
+    console.print(_score_table(scores, f"{len(records)} {asked}", read_metrics(folder)["train"]))
     if show:
         console.print(_answer_table(records, show))
     if limit is None:
+        written = folder / f"answers-{answers_name(split, data)}.jsonl"
         console.print(
-            f"answers  {folder / f'answers-{split}.jsonl'}\nmetrics  {folder / 'metrics.json'}\n{leave_report(folder)}",
+            f"answers  {written}\nmetrics  {folder / 'metrics.json'}\n{leave_report(folder)}",
             end="",
         )
     else:
         console.print(f"the first {limit} questions only: nothing was written")
 
 
-def _score_table(scores: dict[str, Any], examples: int, trained: dict[str, Any]) -> Table:
+def _score_table(scores: dict[str, Any], asked: str, trained: dict[str, Any]) -> Table:
     from maskft.evaluation.metrics import METRIC_TITLES
 
     share = trained["trainable_parameters"] / trained["base_parameters"]
-    table = Table(title=f"{METRIC_TITLES[scores['metric']]} on {examples} held-out questions")
+    table = Table(title=f"{METRIC_TITLES[scores['metric']]} on {asked}")
     for column in ("model", "accuracy", "95 % interval", "trainable", "training time"):
         table.add_column(column, justify="left" if column == "model" else "right")
     rows = (("base", "", ""), ("blind guess", "", ""), ("tuned", percent(share), f"{trained['seconds']:.0f} s"))

@@ -37,7 +37,7 @@ def run(
         keep_scores=keep_scores,
         forget_base=forget_base,
         model=model,
-        beside=_run_files(folder),
+        beside=_run_files(folder, storage),
     )
     seconds = time.perf_counter() - started
     if as_json:
@@ -72,8 +72,9 @@ def _base(folder: Path, name: str | None, dtype: str | None) -> Any:
     return load_model(name, dtype=dtype or "bfloat16")
 
 
-def _run_files(folder: Path) -> dict[str, str]:
-    """What makes the packed adapter of a run a run of its own: recipe and training record, without its scores."""
+def _run_files(folder: Path, storage: str) -> dict[str, str]:
+    """What makes the packed adapter of a run a run of its own: recipe, training record without its scores, and card."""
+    from maskft.card import CARD, model_card
     from maskft.runs import METRICS, RECIPE, read_metrics
 
     if not (folder / RECIPE).is_file():
@@ -81,4 +82,5 @@ def _run_files(folder: Path) -> dict[str, str]:
     found = {name: folder / name for name in (RECIPE, "environment.json") if (folder / name).is_file()}
     files = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
     trained = {"train": metrics} if (metrics := read_metrics(folder).get("train")) else {}
-    return {**files, METRICS: json.dumps(trained, indent=2) + "\n"}
+    card = model_card(folder, adapter=True, storage=storage)
+    return {**files, METRICS: json.dumps(trained, indent=2) + "\n", CARD: card}

@@ -26,13 +26,20 @@ def run(folders: list[Path], out: Path | None, *, as_json: bool) -> None:
 
 
 def leave_report(folder: Path) -> str:
-    """Write a run's own report; returns the line that says where it is, or nothing where it failed.
+    """Write a run's own report, and an adapter's model card; returns the line that says where the report is.
+
+    The line is empty where that failed.
 
     A run that has trained for hours does not fail for its page: what went wrong is told.
     """
     try:
+        from maskft.card import CARD, model_card
+        from maskft.learnt import ADAPTER
         from maskft.report.page import write_report
+        from maskft.runs import write_atomically
 
+        if (folder / ADAPTER).is_file():  # weights that were trained whole get theirs when they are exported
+            write_atomically(folder / CARD, model_card(folder, adapter=True))
         write_report([folder], folder / PAGE)
     except Exception as error:
         notes.print(f"the report could not be written ({error}); try: maskft report {folder}", markup=False)

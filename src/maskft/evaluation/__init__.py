@@ -7,14 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskft.evaluation.evaluate import evaluate_run
+    from maskft.evaluation.evaluate import answers_name, evaluate_run
     from maskft.evaluation.generation import generate_answers
     from maskft.evaluation.metrics import Accuracy, exact_match, wilson_interval
 
-__all__ = ["Accuracy", "evaluate_run", "exact_match", "generate_answers", "wilson_interval"]
+__all__ = ["Accuracy", "answers_name", "evaluate_run", "exact_match", "generate_answers", "wilson_interval"]
 
 _HOMES = {
     "Accuracy": "metrics",
+    "answers_name": "evaluate",
     "evaluate_run": "evaluate",
     "exact_match": "metrics",
     "generate_answers": "generation",

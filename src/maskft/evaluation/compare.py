@@ -99,7 +99,7 @@ def read_records(run: Path, split: str) -> list[dict[str, Any]]:
     """
     path = run / f"answers-{split}.jsonl"
     if not path.is_file():
-        option = "" if split == "test" else f" --split {split}"
+        option = "" if split == "test" else " --data FILE" if split.startswith("data-") else f" --split {split}"
         raise RunError(f"{run} has no {path.name}. Write it with: maskft evaluate {run}{option}")
     records, problems = [], []
     try:

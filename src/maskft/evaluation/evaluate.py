@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from maskft.data import answer, image_key, prompt
+from maskft.data import answer, image_key, leaked_images, prompt, read
 from maskft.errors import DataError, RunError, gathered
 from maskft.evaluation.generation import Progress, generate_answers
 from maskft.evaluation.metrics import METRICS, accuracy, blind_guesses, option_letter
@@ -19,19 +19,23 @@ def evaluate_run(
     run: Path,
     *,
     split: str = "test",
+    data: Path | None = None,
     limit: int | None = None,
+    base_answers: Sequence[str] | None = None,
     progress: Callable[[str], Progress] = lambda label: iter,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer every held-out question with the base and the tuned model.
 
-    Writes `answers-<split>.jsonl`, and for the test split the entries metric, base, tuned, blind and test_examples of
-    metrics.json (for another split one entry under its name). With a limit nothing is written, so that a quick look
-    never takes the place of a result.
+    Writes `answers-<name>.jsonl` (`answers_name`), and for the test split the entries metric, base, tuned, blind and
+    test_examples of metrics.json; else one entry: the name of the split, or "answers-<name>" for training and data of
+    one's own. With a limit nothing is written, so that a quick look never takes the place of a result.
 
     Args:
         run: a finished run's folder.
-        split: "test" or "validation".
+        split: "test", "validation" or "train".
+        data: a data file, whose rows are asked instead of a split's; image paths are relative to its folder.
         limit: only the first so many questions.
+        base_answers: what the base says to these questions, where that is known already; None asks it.
         progress: makes a progress wrapper for a label.
 
     Returns:
@@ -40,19 +44,22 @@ def evaluate_run(
 
     Raises:
         RunError: not a finished run, or its data has no such split.
-        DataError: the metric is choice and a right answer has no option letter.
+        DataError: the metric is choice and a right answer has no option letter; `data` has a flaw.
     """
+    given = None if data is None else read(data)
     loaded = load_run(run)
     parts = load_data(loaded.recipe)
-    if split not in parts:
+    if given is None and split not in parts:
         raise RunError(f"the data of {run} has no {split} split; it has {', '.join(parts)}. Set data.split.{split}.")
-    rows = list(parts[split])[:limit]
+    name = answers_name(split, data)
+    rows = list(parts[split] if given is None else given)[:limit]
     settings = loaded.recipe.evaluation
     if settings.metric == "choice":
         _require_letters(rows)
     arguments = {"batch_size": settings.batch_size, "max_new_tokens": settings.max_new_tokens}
-    with loaded.base() as base:
-        base_answers = generate_answers(base, loaded.processor, rows, progress=progress("base"), **arguments)
+    if base_answers is None:
+        with loaded.base() as base:
+            base_answers = generate_answers(base, loaded.processor, rows, progress=progress("base"), **arguments)
     tuned_answers = generate_answers(loaded.model, loaded.processor, rows, progress=progress("tuned"), **arguments)
 
     known: dict[str, str] = {}
@@ -80,13 +87,23 @@ def evaluate_run(
     scores: dict[str, Any] = {
         "metric": settings.metric,
         **{name: asdict(accuracy(scored(settings.metric, answers, records), groups)) for name, answers in said.items()},
-        f"{split}_examples": len(rows),
+        f"{split if given is None else 'data'}_examples": len(rows),
     }
+    if given is not None:
+        scores |= {"data": str(data), "images_of_training": leaked_images(train_rows, given)}
     if limit is not None:
         return scores, records
-    write_atomically(run / f"answers-{split}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    update_metrics(run, scores if split == "test" else {split: scores})
+    write_atomically(run / f"answers-{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    if name == "test":
+        update_metrics(run, scores)
+    else:  # the entry "train" holds what training says of itself
+        update_metrics(run, {name if name == "validation" else f"answers-{name}": scores})
     return scores, records
+
+
+def answers_name(split: str, data: Path | None = None) -> str:
+    """What answers are filed under: the split, or "data-<folder>-<file>" for a data file."""
+    return split if data is None else f"data-{data.absolute().parent.name}-{data.stem}"
 
 
 def scored(metric: str, answers: Iterable[str], records: Iterable[Mapping[str, Any]]) -> list[float]:

@@ -198,6 +198,11 @@ def _own(recipe: Recipe, skeleton: Skeleton) -> Way:
         return Way(f"recipe: {name} {memory}", "mask", MODES[memory], config, **beside)
     if isinstance(method, PeerMethod):
         peer = method.peer()
+        if peer.variant == "dora" and quantization != "none":
+            raise RecipeError(
+                "DoRA measures its weights anew in every step, which is not planned for a quantised base. Plan it with "
+                "model.quantization=none."
+            )
         where = method.model_dump(include={"scope", "modules", "layers", "target_modules"})
         config = skeleton.targets(MaskConfig(**where))
         return Way(f"recipe: {_peer_name(peer, quantization)}", "lora", PLAIN, config, peer=peer, **beside)
@@ -239,7 +244,9 @@ def _options(own: Way, load: Load, ranks: int) -> Iterator[tuple[str, Any]]:
                 yield f"method.memory={memory}", _mode(memory)
         if own.config.score_layout == "dense":
             yield "method.score_layout=low-rank", _layout
-    quantizable = own.kind == "mask" or (own.peer is not None and own.peer.kind == "lora")
+    quantizable = own.kind == "mask" or (
+        own.peer is not None and own.peer.kind == "lora" and own.peer.variant != "dora"
+    )
     if quantizable and own.quantization == "none" and ranks == 1:
         yield "model.quantization=nf4", _few_bits
     if not load.checkpointing:

@@ -28,7 +28,7 @@ def attach(model: Any, adapter: MaskConfig | Peer, *, whole: Sequence[str] = ())
         whole: names of modules that are trained whole beside the adapter, on copies in fp32.
 
     Raises:
-        ModelError: the targets match nothing that can be adapted, or something in `whole`.
+        ModelError: the targets match nothing that can be adapted; what lies in `whole` does not count.
     """
     masks = isinstance(adapter, MaskConfig)
     config: Any = adapter if isinstance(adapter, MaskConfig) else adapter.config(model)
@@ -42,12 +42,6 @@ def attach(model: Any, adapter: MaskConfig | Peer, *, whole: Sequence[str] = ())
     except (TypeError, ValueError) as error:  # PEFT's own complaints about targets
         what = "masks" if masks else config.peft_type.value
         raise ModelError(f"cannot put {what} on {type(model).__name__}: {error}") from error
-    inside = [name for name in wrapped.targeted_module_names if any(name.startswith(f"{one}.") for one in whole)]
-    if inside:
-        raise ModelError(
-            f"{inside[0]} would be trained whole and carry an adapter. Take it out of method.target_modules, or set "
-            "method.train_projector to false."
-        )
     for module in wrapped.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()

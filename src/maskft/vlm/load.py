@@ -67,8 +67,8 @@ def load_model(
     from transformers import AutoModelForImageTextToText
 
     source = _source(base)
-    if quantization != "none" and find_spec(package := _QUANTIZERS[quantization]) is None:
-        raise MissingExtraError(package, "pip install 'maskft[quant]'", f"model.quantization '{quantization}'")
+    if quantization != "none":
+        require_quantizer(quantization, "model.quantization")
     try:
         chosen = {}  # an argument, even None, would take the place of what the folder says of its quantisation
         if quantization != "none":
@@ -87,6 +87,12 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load '{base}' as an image-text-to-text model: {error}") from error
     return model.requires_grad_(False).eval()
+
+
+def require_quantizer(quantization: str, asked_by: str) -> None:
+    """Raise MissingExtraError where the package is not installed that a quantisation needs."""
+    if find_spec(package := _QUANTIZERS[quantization]) is None:
+        raise MissingExtraError(package, "pip install 'maskft[quant]'", f"{asked_by} '{quantization}'")
 
 
 def load_skeleton(base: str, *, dtype: str, attention: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -1,0 +1,349 @@
+"""Pages about studies, made of their files and their committed results alone: docs/results/<study>.md and .svg.
+
+python -m maskft.report.study_pages studies docs/results
+
+A study `studies/x.yaml` has its results in `studies/x/results/*.json`, and what they say, in words, in
+`studies/x/findings.md`. What was not run is said to be so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from maskft.evaluation.resampling import bootstrap_interval
+from maskft.recipe import MaskMethod, Recipe, method_settings
+from maskft.report.charts import WIDTH, intervals, line_chart, line_style
+from maskft.runs import write_atomically
+from maskft.studies.definition import Cell, Study, cells, load_study
+from maskft.studies.results import Part, Result, read_results
+
+NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: one variant on one data set with one set of axis values, over its seeds.
+
+    Attributes:
+        cell: the first of its cells.
+        seeds: how many the study asks for.
+        results: those that are there.
+    """
+
+    cell: Cell
+    seeds: int
+    results: list[Result]
+
+    @property
+    def name(self) -> str:
+        """Short, without the seed."""
+        settings = " ".join(_value(value) for value in self.cell.settings.values())
+        return " ".join(filter(None, (self.cell.variant, self.cell.data, settings)))
+
+    def parts(self, name: str) -> list[Part]:
+        """A part's answers, of the runs that answered it."""
+        return [result.parts[name] for result in self.results if name in result.parts]
+
+
+def rows(study: Study, results: Sequence[Result]) -> list[Row]:
+    """Every line that the study asks for, with its results."""
+    found: dict[str, Row] = {}
+    for cell in cells(study, {}):
+        own = [r for r in results if r.stage == "run" and r.seed in study.seeds and _same_line(r, cell)]
+        found.setdefault(json.dumps([cell.group, cell.settings]), Row(cell, len(study.seeds), own))
+    return list(found.values())
+
+
+def page(
+    name: str, study: Study, results: Sequence[Result], findings: str, across: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        name: of the study's file.
+        findings: in words.
+        across: content of across.json.
+    """
+    lines = [f"# {study.title}", "", *_paragraphs(study.question)]
+    found = rows(study, results)
+    if findings.strip():
+        lines += [findings.strip(), ""]
+    lines += [*_table(study, found), ""]
+    if picture(study, found):
+        lines += [f"![{study.title}]({name}.svg)", ""]
+    if across:
+        lines += ["## Between seeds", "", *_between(across), ""]
+    lines += ["## How it was made", "", "```", f"maskft study studies/{name}.yaml", "```", ""]
+    made = [result for result in results if result.stage == "run"]
+    if made:
+        lines += [*_record(made, [result for result in results if result.stage == "tune"]), ""]
+    missing = sum(row.seeds - len(row.results) for row in found)
+    if missing:
+        lines += [f"Not run yet: {missing} of {sum(row.seeds for row in found)} runs.", ""]
+    if study.paper_scale:
+        lines += ["## At the size of a paper", "", *_paragraphs(study.paper_scale)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def picture(study: Study, found: Sequence[Row]) -> str:
+    """The study's plot as an SVG file's content; empty where there is nothing to draw."""
+    kind = study.plot
+    if kind is None:
+        bars = [(row.name, *_estimate(parts)) for row in found if (parts := _judged(row))]
+        return _standalone(intervals(study.title, bars, x="accuracy"), [])
+    if kind == "step":
+        logs = {row.name: [_points(result.log, "loss") for result in row.results] for row in found if row.results}
+        series = {name: _mean_curve(curves) for name, curves in logs.items()}
+        x, y = "step", "training loss"
+    elif kind == "drift":
+        kept = {row.name: [_points(r.after.get("drift", []), "correlation") for r in row.results] for row in found}
+        series = {name: line for name, curves in kept.items() if curves and (line := _mean_curve(curves))}
+        x, y = "step", "correlation with the last mask"
+    elif kind == "gap":
+        series = _gaps(found)
+        x, y = "training loss", "accuracy in training minus in test"
+    else:
+        series = _by_setting(kind, found)
+        x, y = ("log10 of relative step per update" if kind == "rho" else kind), "accuracy"
+    chart = line_chart(study.title, series, x=x, y=y, share=y.startswith("accuracy"))
+    return _standalone(chart, list(series))
+
+
+def _by_setting(kind: str, found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Accuracy against a setting, or against rho, a line for each variant and data set."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        at = relative_step(row.results[0]) if kind == "rho" and row.results else row.cell.settings.get(kind)
+        if isinstance(at, int | float) and (parts := _judged(row)):
+            point = (math.log10(at) if kind == "rho" else float(at), _estimate(parts)[0])
+            series.setdefault(" ".join(filter(None, row.cell.group)), []).append(point)
+    return {name: sorted(points) for name, points in series.items()}
+
+
+def _gaps(found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """What is lost from training to test questions against the final training loss, a line for each variant."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in found:
+        losses = [r.training.final_loss for r in row.results if r.training.final_loss is not None]
+        if losses and row.parts("train") and row.parts("test"):
+            gap = _estimate(row.parts("train"))[0] - _estimate(row.parts("test"))[0]
+            series.setdefault(" ".join(filter(None, row.cell.group)), []).append((statistics.mean(losses), gap))
+    return {name: sorted(points) for name, points in series.items()}
+
+
+def relative_step(result: Result) -> float | None:
+    """By how much of itself a gate changes per step at the start; None for other methods and hard gates."""
+    recipe = Recipe.model_validate(result.recipe)
+    if not isinstance(recipe.method, MaskMethod):
+        return None
+    rate = {**method_settings(recipe), **recipe.training}["learning_rate"]
+    try:
+        return float(rate) / recipe.method.config().learning_rate(1.0)
+    except ValueError:
+        return None
+
+
+def write_pages(studies: Path, out: Path) -> list[Path]:
+    """Write the page of every study that has results; returns what was written."""
+    written = []
+    for file in sorted(studies.glob("*.yaml")):
+        if (file.with_suffix("") / "results").is_dir():
+            written += write_page(file, out)
+    return written
+
+
+def write_page(file: Path, out: Path) -> list[Path]:
+    """Write a study's page and picture into a folder; returns what was written."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path, text in made(file, out).items():
+        write_atomically(path, text)
+        written.append(path)
+    return written
+
+
+def made(file: Path, out: Path) -> dict[Path, str]:
+    """Content of a study's page and picture, by where they belong."""
+    study, folder = load_study(file), file.with_suffix("")
+    results = read_results(folder / "results")
+    findings = folder / "findings.md"
+    said = findings.read_text(encoding="utf-8") if findings.is_file() else ""
+    compared = folder / "across.json"
+    across = json.loads(compared.read_text(encoding="utf-8")) if compared.is_file() else []
+    content = {out / f"{file.stem}.md": page(file.stem, study, results, said, across)}
+    if drawn := picture(study, rows(study, results)):
+        content[out / f"{file.stem}.svg"] = drawn
+    return content
+
+
+def _same_line(result: Result, cell: Cell) -> bool:
+    return (result.variant, result.data, result.settings) == (cell.variant, cell.data, cell.settings)
+
+
+def _table(study: Study, found: Sequence[Row]) -> list[str]:
+    axes = list(study.vary)
+    shown = [part for part in ("train", "validation", "test") if any(row.parts(part) for row in found)]
+    head = ["variant", *(["data"] if study.data else []), *(key.rpartition(".")[2] for key in axes)]
+    tuned = sorted({key for row in found for result in row.results for key in result.tuned})
+    measured = [*(key.rpartition(".")[2] for key in tuned), *shown, "final loss", "trained", "step", "memory", "runs"]
+    lines = [f"| {' | '.join([*head, *measured])} |", "|" + "---|" * len([*head, *measured])]
+    for row in found:
+        cell = row.cell
+        own = [
+            cell.variant,
+            *([cell.data] if study.data else []),
+            *(_value(cell.settings.get(key, "")) for key in axes),
+        ]
+        if row.results:
+            told = [*(_tuned(row, key) for key in tuned), *(_accuracy(row.parts(part)) for part in shown), *_costs(row)]
+        else:
+            told = [NOT_RUN] * (len(measured) - 1) + [f"0 of {row.seeds}"]
+        lines.append(f"| {' | '.join([*own, *told])} |")
+    note = "Accuracy: mean over runs, in brackets its 95 % interval"
+    return [*lines, "", f"{note}, from resampling runs and questions; with one run, of its questions."]
+
+
+def _between(across: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What runs that differ in their seeds have in common, a line for each variant, data set and axis values."""
+    columns = list(
+        dict.fromkeys((name, key) for row in across for name, found in row["found"].items() for key in found)
+    )
+    head = ["runs", *(f"{name}: {key}" for name, key in columns)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in across:
+        settings = (_value(value) for value in row["settings"].values())
+        values = (row["found"].get(name, {}).get(key) for name, key in columns)
+        told = (NOT_RUN if value is None else f"{value:.4g}" for value in values)
+        lines.append(f"| {' '.join(filter(None, (row['variant'], row['data'], *settings)))} | {' | '.join(told)} |")
+    return lines
+
+
+def _costs(row: Row) -> list[str]:
+    trained = [result.training for result in row.results]
+    losses = [one.final_loss for one in trained if one.final_loss is not None]
+    steps = [one.step_seconds for one in trained if one.step_seconds is not None]
+    spread = f" ({min(losses):.4f} to {max(losses):.4f})" if len(losses) > 1 else ""
+    return [
+        f"{statistics.mean(losses):.4f}{spread}" if losses else "",
+        f"{trained[0].trainable_parameters:,}",
+        f"{statistics.median(steps):.2f} s" if steps else "",
+        f"{statistics.median(one.peak_memory for one in trained) / 1e9:.2f} GB",
+        f"{len(row.results)} of {row.seeds}" if len(row.results) < row.seeds else str(row.seeds),
+    ]
+
+
+def _judged(row: Row) -> list[Part]:
+    """Answers to the test part, or to validation where no run answered that."""
+    return row.parts("test") or row.parts("validation")
+
+
+def _estimate(parts: Sequence[Part]) -> tuple[float, float, float]:
+    """Mean accuracy over runs with its interval."""
+    if len(parts) == 1:
+        score = parts[0].tuned
+        return score.accuracy, score.low, score.high
+    scores = [part.scores() for part in parts]
+    low, high = bootstrap_interval(scores, [f"{number:09d}" for number in range(len(scores[0]))])
+    return statistics.mean(part.tuned.accuracy for part in parts), low, high
+
+
+def _accuracy(parts: Sequence[Part]) -> str:
+    if not parts:
+        return NOT_RUN
+    mean, low, high = _estimate(parts)
+    return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _tuned(row: Row, key: str) -> str:
+    values = sorted({_value(result.tuned[key]) for result in row.results if key in result.tuned})
+    return ", ".join(values)
+
+
+def _record(made: Sequence[Result], tuning: Sequence[Result]) -> list[str]:
+    """Who made the results with what, in words."""
+    hours = sum(result.wall_seconds for result in [*made, *tuning]) / 3600
+    packages = made[0].packages
+    machines = sorted(
+        {f"{m.get('processor')} with {m.get('cores')} cores" for m in (result.machine for result in made)}
+    )
+    commits = sorted({result.commit or "unknown" for result in made})
+    versions = ", ".join(
+        f"{name} {packages[name]}" for name in ("torch", "transformers", "peft", "trl") if name in packages
+    )
+    tuned = f" and {len(tuning)} of tuning" if tuning else ""
+    base = made[0].parts
+    scores = [
+        f"{name} {100 * part.base.accuracy:.1f} %, blind guess {100 * part.blind.accuracy:.1f} %"
+        for name, part in base.items()
+    ]
+    where = f"on {', '.join(machines)}; commit {', '.join(commits)}; {versions}."
+    lines = [f"{len(made)} runs{tuned}, {hours:.1f} hours in all, {where}"]
+    if scores:
+        lines.append(f"The base without training: {'; '.join(scores)} (of the first run's data).")
+    return lines
+
+
+def _points(entries: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """Values by step of the entries that have the key."""
+    return {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None and "step" in entry}
+
+
+def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[tuple[float, float]]:
+    """The mean over runs at the steps that all of them have."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    return [(float(step), statistics.mean(curve[step] for curve in curves)) for step in steps]
+
+
+_VIEW = re.compile(r'viewBox="0 0 (\d+) (\d+)"')
+_STYLE = (
+    "<style>text{font:11px system-ui,sans-serif;fill:#1b1f24}.grid{stroke:#d0d7de;stroke-width:1}</style>"
+    '<rect width="100%" height="100%" fill="#ffffff"/>'
+)
+
+
+def _standalone(chart: Markup, names: Sequence[str]) -> str:
+    """A chart as a file of its own: with its colours, and a legend beneath."""
+    if not chart:
+        return ""
+    view = _VIEW.search(chart)
+    assert view is not None
+    height, extra = int(view[2]), (16 * len(names) + 8 if len(names) > 1 else 0)
+    legend = ""
+    for number, name in enumerate(names if extra else []):
+        y = height + 12 + 16 * number
+        legend += f'<line x1="66" x2="90" y1="{y}" y2="{y}" stroke-width="2" {line_style(number)}/>'
+        legend += f'<text x="96" y="{y + 4}">{escape(name)}</text>'
+    text = _VIEW.sub(f'viewBox="0 0 {WIDTH} {height + extra}"', str(chart), count=1)
+    head, _, rest = text.partition(">")
+    return f"{head}>{_STYLE}{rest.removesuffix('</svg>')}{legend}</svg>\n"
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [text.strip(), ""] if text.strip() else []
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(_value, value)) if isinstance(value, list) else str(value)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """See the module's docstring."""
+    studies, out = map(Path, arguments)
+    for path in write_pages(studies, out):
+        sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

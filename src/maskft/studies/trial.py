@@ -1,0 +1,300 @@
+"""One run of a study, in a process of its own, so that its memory is given back and a crash is its alone.
+
+    python -m maskft.studies.trial
+
+reads paths of jobs from stdin, a line each, and works on one after the other: it forks, trains, answers and writes
+result.json beside the job. On stdout it says "started PID" and "ended CODE": 0 done, 2 a user's mistake, 3 paused, 1 a
+fault, below 0 a signal. It ends with its stdin, and the run with it. The imports, which take longer than a short run,
+are made once. With --once it works on one job by itself, without forking, and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from maskft.errors import Paused, StudyError, UserError
+from maskft.recipe import Recipe, load_recipe
+from maskft.runs import load_data, write_json
+from maskft.studies.results import Part, Result, Score, Training, final_loss, packed_outcomes, write_result
+
+PAUSED, MISTAKE, FAULT = 3, 2, 1
+RESULT = "result.json"
+OUTPUT = "output.txt"
+
+
+class Job(BaseModel):
+    """What a trial is told, as job.json in its folder.
+
+    Attributes:
+        folder: the trial's; the run is in run/.
+        shared: folder of what all trials of the study on this machine use: answers of the base, fingerprints.
+        parts: of the data, to be answered.
+        cell: fields of `Result` that say which run it is.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: Path
+    overrides: list[str]
+    folder: Path
+    shared: Path
+    parts: list[Literal["validation", "test"]]
+    train_questions: int
+    last_steps: int
+    after: list[str]
+    cell: dict[str, Any]
+
+
+def work(job: Job) -> Result:
+    """Train and evaluate, each as far as it has not been done, and write the result.
+
+    Raises:
+        UserError: recipe, data or model cannot be used.
+        Paused: SIGTERM asked for an end.
+    """
+    import torch
+
+    from maskft.studies.after import ANALYSES, named
+    from maskft.training import LOG, train
+
+    started = time.monotonic()
+    recipe = load_recipe(job.recipe, job.overrides)
+    run = job.folder / "run"
+    with _alone(job.folder):
+        metrics = train(recipe, run, say=_say)
+        peak = _peak_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        there = _parts_there(recipe, job.shared)
+        parts: dict[str, Part] = {}
+        if job.train_questions:
+            parts["train"] = _answered(run, recipe, "train", job.train_questions, job.shared)
+        for part in job.parts:
+            if part not in there["parts"]:
+                raise StudyError(f"the data has no {part} part; it has {', '.join(there['parts'])}.")
+            parts[part] = _answered(run, recipe, part, None, job.shared)
+        after = {name: analyse(run) for name, analyse in named(job.after, ANALYSES).items()}
+    log = json.loads((run / LOG).read_text(encoding="utf-8")) if (run / LOG).is_file() else []
+    made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    result = Result(
+        **job.cell,
+        overrides=list(map(_portable_override, job.overrides)),
+        recipe=portable(recipe.model_dump(mode="json")),
+        metric=recipe.evaluation.metric,
+        parts=parts,
+        training=_training(metrics["train"], final_loss(log, job.last_steps), peak),
+        log=log,
+        after=after,
+        wall_seconds=round(time.monotonic() - started, 1),
+        packages=made["packages"],
+        python=made["python"],
+        machine=made["machine"],
+        commit=made["commit"],
+        data_fingerprint=there["fingerprint"],
+        base_fingerprint=_base_fingerprint(recipe, job.shared),
+    )
+    write_result(job.folder / RESULT, result)
+    return result
+
+
+def portable(tree: Any) -> Any:
+    """The tree without this machine's paths: those in the current folder relative to it, of others the last piece."""
+    if isinstance(tree, dict):
+        return {key: portable(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value) for value in tree]
+    if not isinstance(tree, str) or not os.path.isabs(tree):
+        return tree
+    path = Path(tree)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def _portable_override(override: str) -> str:
+    key, _, value = override.partition("=")
+    try:
+        return f"{key}={json.dumps(portable(json.loads(value)), ensure_ascii=False)}"
+    except ValueError:
+        return f"{key}={portable(value)}"
+
+
+def _training(trained: Mapping[str, Any], last: float | None, peak: int) -> Training:
+    done = trained["steps"] - (trained["resumed_from_step"] or 0)
+    known = {name: trained[name] for name in Training.model_fields if name in trained}
+    step = round(trained["seconds"] / done, 4) if done else None
+    return Training(**{**known, "final_loss": last, "step_seconds": step, "peak_memory": peak})
+
+
+def _answered(run: Path, recipe: Recipe, part: str, limit: int | None, shared: Path) -> Part:
+    """Answers of a part, scored. The base's answers are kept for the other trials."""
+    from maskft.evaluation import evaluate_run
+    from maskft.evaluation.evaluate import scored
+
+    known = _kept(shared, "answers", recipe, "model", "data", "evaluation", part, limit)
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else None
+    scores, records = evaluate_run(run, split=part, limit=limit, base_answers=before)
+    if before is None:
+        write_json(known, [record["base"] for record in records])
+    outcomes = scored(scores["metric"], [record["tuned"] for record in records], records)
+    tuned, base, blind = (Score(**scores[name]) for name in ("tuned", "base", "blind"))
+    return Part(tuned=tuned, base=base, blind=blind, outcomes=packed_outcomes(outcomes))
+
+
+def _parts_there(recipe: Recipe, shared: Path) -> dict[str, Any]:
+    """Names of the data's parts and the fingerprint of their rows, counted once."""
+    path = _kept(shared, "data", recipe, "data")
+    if not path.is_file():
+        parts = load_data(recipe)
+        write_json(path, {"parts": list(parts), "fingerprint": data_fingerprint(parts)})
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def data_fingerprint(parts: Mapping[str, Any]) -> str:
+    """SHA-256 over the rows: their texts, and of each image the bytes, or the size where it is a file."""
+    digest = hashlib.sha256()
+    for name, part in parts.items():
+        digest.update(name.encode())
+        for row in part:
+            texts = {key: row[key] for key in ("messages", "answers") if key in row}
+            digest.update(json.dumps(texts, sort_keys=True, default=str).encode())
+            for image in row["images"]:
+                content = image["bytes"] or str(os.path.getsize(image["path"])).encode()
+                digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _base_fingerprint(recipe: Recipe, shared: Path) -> str:
+    """Of the base's weights as they are without quantisation, counted once."""
+    path = _kept(shared, "base", recipe, "model")
+    if not path.is_file():
+        from maskft.fingerprint import fingerprint
+        from maskft.vlm.load import load_model
+
+        model = load_model(
+            recipe.model.base, dtype=recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code
+        )
+        write_json(path, fingerprint(dict(model.named_parameters())))
+    found: str = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _kept(shared: Path, kind: str, recipe: Recipe, *parts: Any) -> Path:
+    """The file for what depends on these sections of the recipe and these values alone."""
+    dumped = recipe.model_dump(mode="json")
+    content = json.dumps([dumped.get(part, part) if isinstance(part, str) else part for part in parts], sort_keys=True)
+    shared.mkdir(parents=True, exist_ok=True)
+    return shared / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+def _peak_memory() -> int:
+    """Bytes that were most in use so far: of the accelerator where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works in the folder; its lock is the kernel's and ends with its process."""
+    import fcntl
+
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def run_job(path: Path) -> int:
+    """Work on a job, with everything it prints in a file beside it; returns the exit code."""
+    with (path.parent / OUTPUT).open("a", encoding="utf-8") as output:
+        for descriptor in (1, 2):
+            os.dup2(output.fileno(), descriptor)
+    try:
+        work(Job.model_validate_json(path.read_text(encoding="utf-8")))
+    except Paused as paused:
+        _say(f"maskft: {paused}")
+        return PAUSED
+    except UserError as error:
+        _say(f"maskft: {error}")
+        return MISTAKE
+    except BaseException:
+        traceback.print_exc()
+        return FAULT
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def serve(forks: bool) -> None:
+    """See the module's docstring."""
+    import maskft.evaluation
+    import maskft.studies.after
+    import maskft.training  # noqa: F401
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the worker, whose end lets a run save a checkpoint
+    with os.fdopen(os.dup(0), "rb", buffering=0) as lines, os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        buffer = b""
+        while True:
+            while b"\n" not in buffer:
+                if not (read := lines.read(4096)):
+                    return
+                buffer += read
+            line, _, buffer = buffer.partition(b"\n")
+            path = Path(line.decode())
+            if not forks:
+                answers.write(f"started {os.getpid()}\n")
+                answers.write(f"ended {run_job(path)}\n")
+                return
+            child = os.fork()
+            if child == 0:
+                code = FAULT
+                try:
+                    code = run_job(path)
+                finally:
+                    os._exit(code)
+            answers.write(f"started {child}\n")
+            answers.write(f"ended {_waited(child, lines.fileno())}\n")
+
+
+def _waited(child: int, stdin: int) -> int:
+    """The child's exit code, minus the signal that ended it; it is asked to end when stdin is closed."""
+    closed = False
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if not closed and select.select([stdin], [], [], 0.1)[0] and not os.read(stdin, 1):
+            closed = True
+            os.kill(child, signal.SIGTERM)
+        elif closed:
+            time.sleep(0.1)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve; with --once, work on one job without forking."""
+    serve(forks="--once" not in arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

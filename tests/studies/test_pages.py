@@ -1,0 +1,183 @@
+"""Pages of studies: made of committed files alone, and they say what was not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from maskft.report.study_pages import made, relative_step, write_pages
+from maskft.studies.definition import load_study
+from maskft.studies.results import Result, read_results, write_result
+from tests.test_cli import call
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "results"
+COMMITTED = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if (path.with_suffix("") / "results").is_dir()]
+
+
+def score(correct: int, of: int) -> dict[str, Any]:
+    return {"accuracy": correct / of, "low": 0.1, "high": 0.9, "correct": correct, "examples": of}
+
+
+def result(variant: str, seed: int, *, correct: int = 3, **changes: Any) -> Result:
+    part = {
+        "tuned": score(correct, 4),
+        "base": score(0, 4),
+        "blind": score(1, 4),
+        "outcomes": "1110" if correct == 3 else "1100",
+    }
+    return Result.model_validate(
+        {
+            "study": "s",
+            "stage": "run",
+            "variant": variant,
+            "data": "",
+            "settings": {},
+            "tuned": {},
+            "seed": seed,
+            "overrides": [],
+            "environment": {},
+            "recipe": {"data": {"kind": "easy-vqa"}, "method": {"name": "mask", "gate": "soft"}, "training": {}},
+            "metric": "exact",
+            "parts": {"train": {**part, "tuned": score(4, 4), "outcomes": "1111"}, "test": part},
+            "training": {
+                "steps": 2,
+                "epochs": 1.0,
+                "examples": 4,
+                "loss": 1.0,
+                "final_loss": 0.5 + seed,
+                "trainable_parameters": 1000,
+                "base_parameters": 2000,
+                "seconds": 3.0,
+                "step_seconds": 1.5,
+                "resumed_from_step": None,
+                "peak_memory": 2_000_000_000,
+            },
+            "log": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0 + seed}],
+            "after": {},
+            "wall_seconds": 360.0,
+            "packages": {"torch": "2"},
+            "python": "3.11",
+            "machine": {"processor": "x86_64", "cores": 2},
+            "commit": "abc1234",
+            "data_fingerprint": "0",
+            "base_fingerprint": "0",
+            **changes,
+        }
+    )
+
+
+def pages(folder: Path, results: list[Result], **content: Any) -> dict[str, str]:
+    """The page and picture of a study with these results."""
+    study = {"title": "A study", "recipe": "r.yaml", "variants": {"a": {}, "b": {}}, "seeds": [0, 1], **content}
+    (folder / "s.yaml").write_text(json.dumps(study))
+    for number, one in enumerate(results):
+        write_result(folder / "s" / "results" / f"{number}.json", one)
+    return {path.name: text for path, text in made(folder / "s.yaml", folder / "docs").items()}
+
+
+def line(page: str, start: str) -> list[str]:
+    return [cell.strip() for cell in next(one for one in page.splitlines() if one.startswith(start)).split("|")[1:-1]]
+
+
+def test_committed_pages_are_those_of_committed_results() -> None:
+    """To mend it: python -m maskft.report.study_pages studies docs/results"""
+    expected = {page: text for study in COMMITTED for page, text in made(study, PAGES).items()}
+    assert {page: page.read_text(encoding="utf-8") for page in PAGES.glob("*")} == expected
+
+
+def test_a_table_of_means_and_of_what_was_not_run(tmp_path: Path) -> None:
+    page = pages(tmp_path, [result("a", 0), result("a", 1, correct=2)], question="Which?", paper_scale="Much.")["s.md"]
+    assert page.startswith("# A study\n\nWhich?\n")
+    assert line(page, "| variant") == ["variant", "train", "test", "final loss", "trained", "step", "memory", "runs"]
+    cells = line(page, "| a ")
+    assert cells[1] == "100.0 % (100.0 to 100.0)"
+    assert cells[2].startswith("62.5 % (")
+    assert cells[3:] == ["1.0000 (0.5000 to 1.5000)", "1,000", "1.50 s", "2.00 GB", "2"]
+    assert line(page, "| b ") == ["b", *["not run"] * 6, "0 of 2"]
+    assert "Not run yet: 2 of 4 runs." in page
+    assert "maskft study studies/s.yaml" in page
+    assert "2 runs, 0.2 hours in all, on x86_64 with 2 cores; commit abc1234; torch 2." in page
+    assert "train 0.0 %, blind guess 25.0 %" in page
+    assert page.endswith("## At the size of a paper\n\nMuch.\n")
+
+
+def test_axes_data_and_tuned_values_have_columns(tmp_path: Path) -> None:
+    one = result("a", 0, data="x", settings={"method.init_gate": 0.9}, tuned={"training.learning_rate": 0.01})
+    tried = result("a", 0, data="x", stage="tune")
+    page = pages(
+        tmp_path, [one, tried], vary={"method.init_gate": [0.9, 0.98]}, data={"x": {}}, seeds=[0], variants={"a": {}}
+    )["s.md"]
+    assert line(page, "| variant")[:4] == ["variant", "data", "init_gate", "learning_rate"]
+    assert line(page, "| a | x | 0.9 ")[3] == "0.01"
+    assert line(page, "| a | x | 0.98 ")[3] == "not run"
+    assert "1 runs and 1 of tuning" in page
+
+
+@pytest.mark.parametrize("plot", [None, "step", "rho", "gap", "drift", "training.max_steps"])
+def test_pictures(tmp_path: Path, plot: str | None) -> None:
+    axis = {"training.max_steps": [1, 2]}
+    after = {"drift": [{"step": 1, "correlation": 0.5}, {"step": 2, "correlation": 1.0}]}
+    runs = [result(v, s, settings={"training.max_steps": n}, after=after) for v in "ab" for s in (0, 1) for n in (1, 2)]
+    found = pages(tmp_path, runs, plot=plot, vary=axis)
+    assert "![A study](s.svg)" in found["s.md"]
+    root = ElementTree.fromstring(found["s.svg"])
+    texts = " ".join("".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert {"step": "training loss", "gap": "minus", "drift": "correlation"}.get(plot or "", "accuracy") in texts
+
+
+def test_a_study_without_results_has_a_page(tmp_path: Path) -> None:
+    found = pages(tmp_path, [])
+    assert list(found) == ["s.md"]
+    assert "Not run yet: 4 of 4 runs." in found["s.md"]
+
+
+def test_findings_are_taken_from_their_file(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "findings.md").write_text("It is so.\n")
+    assert "\nIt is so.\n" in pages(tmp_path, [result("a", 0)])["s.md"]
+
+
+def test_what_seeds_have_in_common_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    row = {
+        "variant": "a",
+        "data": "",
+        "settings": {"x": 1},
+        "found": {"agreement": {"shared": 0.123456, "by chance": None}},
+    }
+    (tmp_path / "s" / "across.json").write_text(json.dumps([row]))
+    page = pages(tmp_path, [result("a", 0)])["s.md"]
+    assert line(page, "| runs") == ["runs", "agreement: shared", "agreement: by chance"]
+    assert line(page, "| a 1 ") == ["a 1", "0.1235", "not run"]
+
+
+def test_relative_steps() -> None:
+    def of(**method: Any) -> float | None:
+        recipe = {
+            "data": {"kind": "easy-vqa"},
+            "method": {"name": "mask", **method},
+            "training": {"learning_rate": 0.1},
+        }
+        return relative_step(result("a", 0, recipe=recipe))
+
+    assert of(gate="soft", init_gate=0.98) == pytest.approx(0.002)
+    assert of(gate="centered") == pytest.approx(0.05)
+    assert of(gate="topk") is None
+    assert relative_step(result("a", 0, recipe={"data": {"kind": "easy-vqa"}, "method": {"name": "projector"}})) is None
+
+
+def test_pages_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    pages(tmp_path, [result("a", 0)])
+    (tmp_path / "other.yaml").write_text("no results, so no page")
+    written = write_pages(tmp_path, tmp_path / "docs")
+    assert [path.name for path in written] == ["s.md", "s.svg"]
+    assert call(monkeypatch, "study", tmp_path / "s.yaml", "--page", tmp_path / "more", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["written"] == [str(tmp_path / "more" / n) for n in ("s.md", "s.svg")]
+    assert (tmp_path / "more" / "s.md").read_text() == written[0].read_text()
+    assert load_study(tmp_path / "s.yaml").title == "A study"
+    assert len(read_results(tmp_path / "s" / "results")) == 1
