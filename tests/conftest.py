@@ -2,9 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("maskft", deadline=None, database=None, derandomize=True, max_examples=60)
+settings.register_profile(
+    "maskft",
+    deadline=None,
+    database=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],  # a busy machine draws slowly
+)
 settings.load_profile("maskft")
 
 
