@@ -16,8 +16,11 @@ settings.load_profile("maskft")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file share a process, so that fixtures are made once; those that share the embedded base, one too."""
+    """Tests of a file share a process, so that fixtures are made once; those that share the embedded base, one too.
+    Some name a group of their own."""
     for item in items:
+        if item.get_closest_marker("xdist_group") is not None:
+            continue
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder in ("embedded", "distributed") else item.path.stem))
 
