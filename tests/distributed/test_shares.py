@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -58,6 +59,7 @@ def join(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     yield call
     dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # it holds meshes, with the number of the process that this one was
 
 
 def check_shares(model: nn.Module, skeleton: nn.Module, shares: nn.Module, rank: int) -> None:
