@@ -13,7 +13,7 @@ from maskft.studies.work import run_study
 
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 SOON = ("attribution", "time")
-"""Studies of few runs. A run takes about ten seconds of processor time, so the others are left to `make studies-smoke`."""
+"""Studies of few runs; a run takes ten seconds of processor time. The others are left to `make studies-smoke`."""
 
 
 @pytest.mark.parametrize(

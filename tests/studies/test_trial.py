@@ -91,7 +91,6 @@ def test_where_forking_is_not_safe_a_process_takes_one_job(tmp_path: Path, monke
         assert processes.run(tmp_path / "job.json", {}, lambda: True) == trial.FAULT
         (known,) = processes._started.values()
         assert known.over()
-    assert not (tmp_path / "errors.txt").exists()
 
 
 def test_a_process_that_cannot_start(tmp_path: Path) -> None:
