@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -63,6 +64,20 @@ def adapter() -> str:
     return table(["adapter", *columns], [[name, *(cell(r) for cell in columns.values())] for name, r in found.items()])
 
 
+def modes() -> str:
+    """Final loss and accuracy of short runs in each memory mode, seed by seed."""
+    found: dict[str, list[Row]] = {}
+    for row in read("modes.csv"):
+        found.setdefault(row["mode"], []).append(row)
+    rows = []
+    for name, runs in found.items():
+        losses = [float(run["final_loss"]) for run in runs]
+        shares = [100 * int(run["right"]) / int(run["questions"]) for run in runs]
+        each = "; ".join(f"{loss:.3f}, {share:.1f} %" for loss, share in zip(losses, shares, strict=True))
+        rows.append([name, f"{fmean(losses):.3f}", f"{fmean(shares):.1f} %", each])
+    return table(["mode", "final loss", "accuracy", "each seed"], rows)
+
+
 def plan_check() -> str:
     """Predicted and measured peaks of a step."""
     found = {}
@@ -91,7 +106,7 @@ def plan_large() -> str:
     return table(head, [[", ".join(what), *(row[part] for part in parts)] for what, row in found.items()])
 
 
-TABLES = {"step.csv": step, "memory.csv": memory, "adapter.csv": adapter}
+TABLES = {"step.csv": step, "memory.csv": memory, "adapter.csv": adapter, "modes.csv": modes}
 PLAN_TABLES = {"plan_check.csv": plan_check, "plan_ranks.csv": plan_ranks, "plan_large.csv": plan_large}
 
 

@@ -22,9 +22,10 @@ from maskft.evaluation.candidates import find_candidate, wearing
 from maskft.evaluation.evaluate import evaluate_run
 from maskft.learnt import ADAPTER, TRAINED, result_name
 from maskft.methods import LoraMethod, MaskMethod
+from maskft.preview import preview
 from maskft.recipe import load_recipe
 from maskft.runs import LoadedRun, load_data, load_run
-from maskft.training import preview, train
+from maskft.training import train
 from maskft.vlm.load import load_model
 from tests.evaluation.tiny import tiny_base
 from tests.faults.tiny_run import write_recipe

@@ -167,8 +167,10 @@ def _cell(cell: dict[str, Any]) -> str:
 def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {})
     if "image/png" in data:
-        return f"![The picture the cell above draws](data:image/png;base64,{''.join(data['image/png']).strip()})"
+        return (
+            f"![The picture the cell above draws](data:image/png;base64,{''.join(''.join(data['image/png']).split())})"
+        )
     if "image/svg+xml" in data:
-        return "".join(data["image/svg+xml"])
+        return f'<div class="output">{"".join(data["image/svg+xml"])}</div>'
     text = "".join(output.get("text") or data.get("text/plain", ""))
     return f"```text\n{text.rstrip()}\n```" if text else ""

@@ -232,6 +232,21 @@ def score_optimizer(
     return optimizer
 
 
+def keep_inputs_frozen(model: Any) -> None:
+    """Let gradients end before what is frozen, under gradient checkpointing that is not reentrant.
+
+    Transformers and TRL mark the outputs of every input embedding as in need of gradients, which only reentrant
+    checkpointing has a use for. The vision encoder's are among them: frozen, it would be computed twice and take part
+    in the backward pass for nothing.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.enable_input_require_grads = _leave_as_it_is
+
+
+def _leave_as_it_is() -> None:
+    pass
+
+
 def keep_freed_memory(most: int = 1 << 30) -> None:
     """Let glibc keep freed memory. By default it hands every large tensor back to the kernel, and the page faults of
     the next one cost a fifth of a training step on a CPU. Without effect elsewhere.

@@ -21,7 +21,7 @@ from maskft.data import IGNORED, Collator
 from maskft.guard import GuardedTrainer
 from maskft.learnt import TRAINED, overwrite
 from maskft.mask_stats import MaskStatistics
-from maskft.memory import cache_weights, fuse_steps, memory_mode, use_kernels
+from maskft.memory import cache_weights, fuse_steps, keep_inputs_frozen, memory_mode, use_kernels
 from maskft.optim import ScoreAdamW
 from maskft.runs import write_json
 from maskft.sharded import ShardedTrainer
@@ -48,6 +48,9 @@ def make_trainer(
     learning rate of a projector that is trained whole beside an adapter. `shares` hold the base's values where the
     model has none yet, see `maskft.sharded`.
     """
+    reentrant = (arguments.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    if not reentrant and arguments.distributed_state.distributed_type != DistributedType.DEEPSPEED:
+        keep_inputs_frozen(model)
     gates = MaskStatistics(log.with_name("mask_stats.json"), write_json)
     with kept_scores(model):
         trainer = LabelledPositionsTrainer(

@@ -23,6 +23,7 @@ from maskft.guard import CHECKPOINTS, LOCK, Guard
 from maskft.learnt import save_result
 from maskft.memory import keep_freed_memory, return_freed_memory
 from maskft.methods import FullMethod, MaskMethod, Method, ProjectorMethod, is_fixed
+from maskft.presence import NOTHING, Absent
 from maskft.recipe import Recipe, method_settings
 from maskft.runs import (
     RECIPE,
@@ -38,7 +39,7 @@ from maskft.sharded import load_base
 from maskft.trainer import make_trainer
 from maskft.tuner import attach
 from maskft.tuner.sharding import full_shape, is_first_process
-from maskft.vlm.load import load_processor
+from maskft.vlm.load import load_processor, load_skeleton
 from maskft.whole import find_projector, find_projector_names, train_whole, whole_parameters
 
 LOG = "log.json"
@@ -142,7 +143,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
     if _finished(recipe, output):
         say(f"{output} already holds a finished run of this recipe.")
         return read_metrics(output)
-    ready = _prepare(recipe, output, say)
+    ready = prepare(recipe, output, say)
     say(f"training {ready.trainable:,} parameters beside a base of {ready.base_parameters:,}")
 
     ready.arguments.distributed_state.wait_for_everyone()  # until every process has looked at the folder
@@ -197,7 +198,7 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
     return update_metrics(output, {"train": trained}) if first else {"train": trained}
 
 
-def _untrained(ready: _Ready) -> dict[str, Any]:
+def _untrained(ready: Ready) -> dict[str, Any]:
     """The record of a run that made no step."""
     return {
         "seconds": 0.0,
@@ -212,33 +213,8 @@ def _untrained(ready: _Ready) -> dict[str, Any]:
     }
 
 
-def preview(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Everything a run would use, found out without training or writing into `output`: the resolved recipe,
-    training arguments, data, targets and parameter counts.
-
-    Raises:
-        RecipeError, DataError, ModelError: as `train`.
-    """
-    ready = _prepare(recipe, output, lambda text: None)
-    checkpoint, _ = newest_sound(output / CHECKPOINTS)
-    adapted = list(getattr(ready.model, "targeted_module_names", []))
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "output": str(output),
-        **{f"{name}_examples": len(part) for name, part in ready.parts.items()},
-        "longest_example_tokens": ready.longest,
-        "base_parameters": ready.base_parameters,
-        "trainable_parameters": ready.trainable,
-        "masked_modules": adapted if isinstance(recipe.method, MaskMethod) else [],
-        "adapted_modules": [] if isinstance(recipe.method, MaskMethod) else adapted,
-        "whole_parameters": _whole(ready.model),
-        "would_resume_from": str(checkpoint) if checkpoint else None,
-        "training_arguments": ready.arguments.to_dict(),
-    }
-
-
 @dataclasses.dataclass(frozen=True)
-class _Ready:
+class Ready:
     """What a recipe asks for, loaded and checked."""
 
     arguments: Any
@@ -251,25 +227,30 @@ class _Ready:
     trainable: int
 
 
-def _prepare(recipe: Recipe, output: Path, say: Say) -> _Ready:
-    """Load and check everything, cheapest first, writing nothing."""
+def prepare(recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING) -> Ready:
+    """Load and check everything but what is lacking, cheapest first, writing nothing."""
     arguments = training_arguments(recipe, output)
     section = recipe.model
-    parts = load_data(recipe)
-    _require_validation(arguments, parts)
-    processor = load_processor(section.base, trust_remote_code=section.trust_remote_code)
+    parts = {} if lacking.data else load_data(recipe)
+    if not lacking.data:
+        _require_validation(arguments, parts)
+    trusted = section.trust_remote_code
+    processor = None if lacking.processor else load_processor(section.base, trust_remote_code=trusted)
     longest = 0
     for name, part in parts.items():
         summary = check(part, processor=processor, max_length=arguments.max_length, progress=_bar(f"checking {name}"))
         say(f"{name} data: {summary.examples} examples, longest {summary.longest} tokens")
         longest = max(longest, summary.longest or 0)
-    model, shares = load_base(section, recipe.method, say)
+    if lacking.weights:
+        model, shares = load_skeleton(section.base, dtype=section.dtype, trust_remote_code=trusted), None
+    else:
+        model, shares = load_base(section, recipe.method, say)
     unseen = sum(full_shape(p).numel() - p.numel() for p in model.parameters())  # in other processes
     base_parameters = model.num_parameters() + unseen  # also of a quantised model, whose tensors are packed
     set_seed(arguments.seed)  # hard masks may start random
     model = _made_trainable(model, recipe.method)
     trainable = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
-    return _Ready(arguments, parts, processor, model, shares, longest, base_parameters, trainable)
+    return Ready(arguments, parts, processor, model, shares, longest, base_parameters, trainable)
 
 
 def _require_validation(arguments: Any, parts: Mapping[str, Any]) -> None:
@@ -336,12 +317,3 @@ def _made_trainable(model: Any, method: Method) -> Any:
     whole = find_projector_names(model) if method.train_projector else []
     adapted = attach(model, method.config() if isinstance(method, MaskMethod) else method.peer(), whole=whole)
     return adapted.requires_grad_(False) if is_fixed(method) else adapted
-
-
-def _whole(model: Any) -> list[str]:
-    """Names of the base's own parameters that are trained whole, as the base has them."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not hasattr(model, "get_base_model"):
-        return trained
-    inside = (name.split(".modules_to_save.default.") for name in trained if ".modules_to_save." in name)
-    return [f"{around.removeprefix('base_model.model.')}.{own}" for around, own in inside]

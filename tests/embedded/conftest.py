@@ -54,10 +54,10 @@ def frozen() -> FrozenWatch:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, frozen: FrozenWatch) -> Path:
     """A finished run of eight steps with the quick start's gate and targets."""
-    import maskft.training
+    import maskft.sharded
 
     folder = tmp_path_factory.mktemp("runs") / "short"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maskft.training, "load_model", frozen.load(maskft.training.load_model))
+        patch.setattr(maskft.sharded, "load_model", frozen.load(maskft.sharded.load_model))
         train(short_recipe(), folder)
     return folder

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from maskft.preview import preview
 from maskft.recipe import load_recipe
-from maskft.training import preview
 from maskft.vlm.load import load_skeleton
 
 from .conftest import QUICKSTART

@@ -146,6 +146,32 @@ def test_a_deep_model_from_shallow_ones(name: str, load: str, methods: str, monk
     assert extended == [Predictor(base).predict(way, LOADS[load]) for way in chosen]
 
 
+def test_a_deep_model_behind_a_deeper_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose backward pass, which it has where inputs need gradients, is longer than the language model's."""
+    monkeypatch.setattr("maskft.plan.predict.keep_inputs_frozen", lambda model: None)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=24, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(**{**DEEP, "num_hidden_layers": 7})
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
+    base = skeleton(config, AutoModelForImageTextToText)
+    load = Load(batch=2, tokens=64, images=1, checkpointing=True)
+    way = soft(base)
+    extended = Predictor(base).predict(way, load)
+    monkeypatch.setattr(Skeleton, "repetition", lambda self, targets: None)
+    whole = Predictor(base).predict(way, load)
+    assert extended == whole
+    assert whole.seen
+
+
+def test_models_that_do_not_match_are_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = skeleton(LlamaConfig(**DEEP))
+    way, load = soft(base), LOADS["gpu"]
+    extended = Predictor(base).predict(way, load)
+    monkeypatch.setattr("maskft.plan.predict._extended", lambda *halves: None)
+    assert Predictor(base).predict(way, load) == extended
+
+
 def test_repetitions() -> None:
     base = skeleton(CONFIGS["gemma-3"])
     assert base.repetition(()) == Repetition(11, 0, 2)

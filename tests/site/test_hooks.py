@@ -105,7 +105,7 @@ def test_links(source: str, uri: str, link: str, expected: str) -> None:
 def test_notebook_becomes_a_page(tmp_path: Path) -> None:
     outputs = [
         {"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n"]},
-        {"output_type": "display_data", "data": {"image/png": "iVBOR", "text/plain": "<Figure>"}},
+        {"output_type": "display_data", "data": {"image/png": "iVB\nOR\n", "text/plain": "<Figure>"}},
         {"output_type": "display_data", "data": {"image/svg+xml": ["<svg>", "</svg>"]}},
         {"output_type": "execute_result", "data": {"text/plain": ["3"]}},
     ]
@@ -119,4 +119,4 @@ def test_notebook_becomes_a_page(tmp_path: Path) -> None:
     assert page.startswith("# Title\ntext\n\n[Download this notebook](some.ipynb)\n\n```python\n1 + 2\n```")
     assert "```text\none\ntwo\n```" in page
     assert "](data:image/png;base64,iVBOR)" in page
-    assert re.search(r"<svg></svg>\n\n```text\n3\n```", page)
+    assert re.search(r"<svg></svg></div>\n\n```text\n3\n```", page)

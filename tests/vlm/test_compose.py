@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from maskft.errors import ModelError
+from maskft.preview import preview
 from maskft.recipe import load_recipe
-from maskft.training import preview, train
+from maskft.training import train
 from maskft.vlm.compose import compose
 from tests.data.helpers import llava, png, write_json
 from tests.test_cli import call

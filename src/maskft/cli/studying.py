@@ -17,7 +17,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def study(
-    file: Annotated[Path, typer.Argument(help="A study's file, for example studies/modes.yaml.")],
+    file: Annotated[Path, typer.Argument(help="A study's file, for example studies/gate.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Folder of runs and results; default runs/studies/NAME.")] = None,
     storage: Annotated[
         str | None, typer.Option(help="Database that several machines share, as an SQLAlchemy URL; default SQLite.")

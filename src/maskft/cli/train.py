@@ -44,7 +44,7 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
 
 def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> None:
     """Print the resolved recipe, training arguments, data and targets; write nothing into the run folder."""
-    from maskft.training import preview
+    from maskft.preview import preview
 
     seen = preview(recipe, output)
     if as_json:
@@ -52,4 +52,7 @@ def _dry_run(recipe: Recipe, output: Path, as_json: bool) -> None:
         return
     console = result_console(as_json)
     console.print(recipe.to_yaml().rstrip())
-    console.print("\n".join(f"{key}: {value}" for key, value in seen.items() if key != "recipe"))
+    apart = ("recipe", "missing")
+    console.print("\n".join(f"{key}: {value}" for key, value in seen.items() if key not in apart))
+    for line in seen["missing"]:
+        console.print(f"missing: {line}", markup=False)

@@ -108,6 +108,7 @@ def plan(
     tokens: int | None = None,
     images: int | None = None,
     device: str | None = None,
+    alone: bool = False,
 ) -> Plan:
     """Predict the peak memory of one training step, for the recipe and for other ways to train the same layers.
 
@@ -118,6 +119,7 @@ def plan(
         tokens: of a row, image tokens included; default: `training.max_length`, or what the model can take.
         images: of a row; default: one, where the model sees.
         device: "gpu" or "cpu"; default: "cpu" where the recipe says `training.use_cpu`, else "gpu".
+        alone: leave out other ways and changes, which take most of the time.
 
     Raises:
         RecipeError: a setting that cannot be used, or rows too short for their images.
@@ -145,13 +147,13 @@ def plan(
         return None if budget is None else total <= budget
 
     rows = []
-    for way in (own, *_peers(recipe, own, skeleton)):
+    for way in (own, *(() if alone else _peers(recipe, own, skeleton))):
         if ranks == 1 or way.quantization == "none":
             peak = predictor.predict(way, load, ranks=ranks)
             rows.append(Row(way.name, peak, fits(peak.total)))
     changes: list[Change] = []
     enough = None
-    if not rows[0].fits:
+    if not rows[0].fits and not alone:
         options = list(_options(own, load, ranks))
         changes, enough = _first(predictor, own, load, ranks, options, rows[0].peak.total, budget)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskft.errors import ModelError, UserError
+from maskft.memory import keep_inputs_frozen
 from maskft.plan.skeleton import Skeleton, imagine
 from maskft.plan.step import CHUNK_WORDS, Load, batch, image_tokens, make_loss
 from maskft.plan.trace import ROLES, Curves, Timeline, record
@@ -115,7 +117,11 @@ class Predictor:
         factor = 0 if repetition is None else repetition.factor()
         passes = [self._pass(way, load, depth) for depth in depths]
         halves = [(p.timeline.curves(gradients=gradients), p.timeline.turn) for p in passes]
-        curves, turn = halves[0] if len(halves) == 1 else _extended(*halves[0], *halves[1], factor)
+        found = halves[0] if len(halves) == 1 else _extended(*halves[0], *halves[1], factor)
+        if found is None:
+            passes, factor = [self._pass(way, load, None)], 0
+            found = passes[0].timeline.curves(gradients=gradients), passes[0].timeline.turn
+        curves, turn = found
         short, longer = (asdict(self._sizes(p.model, way)) for p in (passes[0], passes[-1]))
         sizes = Sizes(**{name: value + factor * (longer[name] - value) for name, value in short.items()})
         standing = 0
@@ -161,6 +167,7 @@ def _run(skeleton: Skeleton, way: Way, load: Load, depth: int | None) -> _Pass:
             pack(model, skeleton.quantised(depth), way.quantization)
         model.train()
         if load.checkpointing:
+            keep_inputs_frozen(model)
             kept = {"use_reentrant": False, "preserve_rng_state": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
         image = image_tokens(model, fake) if load.images else None
@@ -183,21 +190,45 @@ def _run(skeleton: Skeleton, way: Way, load: Load, depth: int | None) -> _Pass:
     return _Pass(timeline, model, image is not None)
 
 
-def _extended(short: Curves, turn: int, longer: Curves, longer_turn: int, factor: int) -> tuple[Curves, int]:
+def _extended(short: Curves, turn: int, longer: Curves, longer_turn: int, factor: int) -> tuple[Curves, int] | None:
     """Curves of a deep model, and the tick of its turn, from those of two models a period of layers apart.
 
-    Before and after the turn each layer goes through the same ticks, so that the halves of two models match tick by
-    tick, the first halves counted from their beginning and the second halves from their end. With each period more,
-    the bytes at a tick change by the same number. The layers left out in between lie between the halves in bytes too.
+    Before and after the turn each layer goes through the same ticks, so that two models match tick by tick, up to
+    somewhere among the layers from the beginning, and from there on counted from the end. With each period more, the
+    bytes at a tick change by the same number. The layers left out in between lie between the pieces in bytes too.
+
+    None where the two don't match, so that nothing can be said from them.
     """
     first = short[:, : turn + 1], longer[:, : longer_turn + 1]
     second = short[:, turn + 1 :], longer[:, longer_turn + 1 :]
     pieces = []
     for a, b in (first, second):
-        half = (a.shape[1] + 1) // 2
-        pieces += [a[:, :half] + factor * (b[:, :half] - a[:, :half])]
-        pieces += [a[:, -half:] + factor * (b[:, -half:] - a[:, -half:])]
-    return np.concatenate(pieces, axis=1), pieces[0].shape[1] * 2 - 1
+        cut = _meeting(a, b)
+        if cut is None:
+            return None
+        head, tail = cut, a.shape[1] - cut
+        pieces += [a[:, :head] + factor * (b[:, :head] - a[:, :head])]
+        pieces += [a[:, cut:] + factor * (b[:, -tail:] - a[:, cut:])]
+    return np.concatenate(pieces, axis=1), turn
+
+
+def _meeting(a: Curves, b: Curves) -> int | None:
+    """A tick of `a` up to which it changes as `b` does from the beginning, and from which it does to the end.
+
+    As near to the middle as there is one; never the first or last tick.
+    """
+    n = a.shape[1]
+    changes, longer = np.diff(a.sum(axis=0)), np.diff(b.sum(axis=0))
+    ahead = _agreement(changes, longer[: n - 1]) + 1
+    behind = _agreement(changes[::-1], longer[::-1][: n - 1]) + 1
+    lowest, highest = max(1, n - behind), min(ahead, n - 1)
+    return min(max(n // 2, lowest), highest) if lowest <= highest else None
+
+
+def _agreement(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
+    """How many entries are equal from the first one on."""
+    different = np.flatnonzero(a != b)
+    return int(different[0]) if len(different) else len(a)
 
 
 def _peak(curves: Curves, turn: int, sizes: Sizes, standing: int, seen: bool) -> Peak:

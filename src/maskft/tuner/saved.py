@@ -65,14 +65,9 @@ def attach_adapter(model: Any, folder: Path) -> PeftModel:
 def take_off(wrapped: PeftModel) -> nn.Module:
     """The base as it was before the adapter was put on, modules that were trained whole included."""
     bare: Any = wrapped.get_base_model()
-    originals = {
-        name: module.original_module
-        for name, module in bare.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
+    for name, module in _whole_modules(bare).items():
+        bare.set_submodule(name, module.original_module)
     wrapped.unload()
-    for name, module in originals.items():
-        bare.set_submodule(name, module)
     base: nn.Module = bare
     return base
 
@@ -95,7 +90,15 @@ def merge_adapter(model: PeftModel) -> nn.Module:
             if not torch.isfinite(weight).all():
                 raise ValueError(f"the merged weight of {name} is not finite.")
             bare.set_submodule(name, dense_linear(weight, base, dtype))
+    for name, module in _whole_modules(bare).items():
+        bare.set_submodule(name, module.modules_to_save[module.active_adapters[0]])
     return merge_in_full_precision(model, safe_merge=True)
+
+
+def _whole_modules(bare: nn.Module) -> dict[str, Any]:
+    """Modules that are trained whole, by name. PEFT's unloading takes them for layers with a weight of their own in
+    some methods (Uni-LoRA, HiRA), so they are put in place before."""
+    return {name: module for name, module in bare.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
 def _with_lora(layer: Any, weight: Tensor) -> Tensor:

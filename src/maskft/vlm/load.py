@@ -18,6 +18,8 @@ from maskft.vlm.embedded import embedded_base
 _EMBEDDED = {"embedded": True, "embedded-unaligned": False}
 _QUANTIZERS = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": "bitsandbytes", "int8-torchao": "torchao"}
 """Package by what `load_model` calls the quantisation."""
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def load_processor(base: str, *, trust_remote_code: bool = False) -> Any:
@@ -123,6 +125,30 @@ def load_skeleton(base: str, *, dtype: str, attention: str | None = None, trust_
             f"cannot make the model of '{base}' from its config.json: {type(error).__name__}: {error}"
         ) from error
     return model.requires_grad_(False).eval()
+
+
+def has_processor(base: str) -> bool:
+    """Whether the folder of a base has a processor; of a hub id that is taken for granted.
+
+    Raises:
+        ModelError: there is no such base.
+    """
+    source = source_of(base)
+    return not os.path.isdir(source) or any(os.path.isfile(Path(source, name)) for name in _PROCESSOR_FILES)
+
+
+def has_weights(base: str) -> bool:
+    """Whether a base's weights are on this machine: in its folder, or for a hub id in the hub's cache.
+
+    Raises:
+        ModelError: there is no such base.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    source = source_of(base)
+    if os.path.isdir(source):
+        return any(Path(source).glob("*.safetensors"))
+    return any(isinstance(try_to_load_from_cache(source, name), str) for name in _WEIGHT_FILES)
 
 
 def _quantization_config(quantization: str, dtype: str, kept: list[str]) -> Any:
