@@ -258,3 +258,12 @@ def keep_freed_memory(most: int = 1 << 30) -> None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # <malloc.h>
         for option, size in ((mmap_threshold, 1 << 30), (trim_threshold, most), (top_pad, 1 << 26)):
             libc.mallopt(option, size)
+
+
+def return_freed_memory() -> None:
+    """Let glibc hand every tensor of 64 KiB or more back to the kernel once it is freed. Layers that are put together
+    from pieces and freed again would otherwise leave gaps that add up to more than the model. Without effect elsewhere.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        mmap_threshold = -3  # <malloc.h>
+        libc.mallopt(mmap_threshold, 1 << 16)

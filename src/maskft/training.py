@@ -21,7 +21,7 @@ from maskft.data import Collator, check
 from maskft.errors import RecipeError, RunError, did_you_mean
 from maskft.guard import CHECKPOINTS, LOCK, Guard
 from maskft.learnt import save_result
-from maskft.memory import keep_freed_memory
+from maskft.memory import keep_freed_memory, return_freed_memory
 from maskft.methods import FullMethod, MaskMethod, Method, ProjectorMethod, is_fixed
 from maskft.presence import NOTHING, Absent
 from maskft.recipe import Recipe, method_settings
@@ -155,7 +155,10 @@ def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, An
     if is_fixed(recipe.method):
         save_result(recipe.method, ready.model, output, dtype=getattr(torch, recipe.model.dtype), say=say)
         return update_metrics(output, {"train": _untrained(ready)}) if first else {"train": _untrained(ready)}
-    keep_freed_memory()
+    if ready.shares is None:
+        keep_freed_memory()
+    else:
+        return_freed_memory()
     trainer = make_trainer(
         ready.model,
         ready.arguments,
