@@ -173,7 +173,7 @@ METHODS = {
         model=("quantization: nf4",),
     ),
     "unilora": Method(
-        "Uni-LoRA",
+        "Uni-LoRA, factors drawn from one vector",
         "Rank and length of the vector are its authors' for large models (arXiv 2506.00799). Tune the learning rate.",
         (
             "name: unilora",
