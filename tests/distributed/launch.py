@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes" / "distributed"
-LONGEST = 300
+LONGEST = 900
 """Seconds after which a launch has hung."""
 
 
