@@ -26,6 +26,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "CHUNK", 3)
 
 
+@pytest.mark.parametrize("chunk", range(1, 12))
+@pytest.mark.parametrize("number", [1.5, -0.0, 1e300, 2.5e-10, 12, -3, True])
+def test_numbers_are_whole_wherever_they_are_cut(number: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "CHUNK", chunk)
+    for before in range(chunk):
+        values = ["x" * before, number, number]
+        assert list(items(io.StringIO(json.dumps(values)))) == values
+
+
 @given(st.lists(JSON, max_size=6), st.sampled_from([None, 1]), st.integers(1, 7), st.booleans())
 def test_items_are_those_of_json(values: list[Any], indent: int | None, chunk: int, ascii: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -105,7 +105,8 @@ class _Window:
             except ValueError as error:  # an integer of thousands of digits
                 raise self.error(str(error), self.at) from error
             else:
-                if end < len(self._text) or self._ended:  # at the edge a number may go on
+                number = isinstance(value, int | float)  # at the edge it may go on: 1 of 1.5, of 1e5, of 1e-5
+                if self._ended or len(self._text) - end > (2 if number else 0):
                     self.at = end
                     return value
             if len(self._text) - self.at > LONGEST:
