@@ -70,11 +70,18 @@ def add_saved(model: PeftModel, folder: Path, name: str) -> None:
 
 @contextmanager
 def _checked(folder: Path, model: Any) -> Iterator[None]:
-    """Check a saved adapter; inside, what PEFT and torch say of files and tensors that don't fit is an AdapterError."""
+    """Check a saved adapter, and refuse with words what does not fit while it is loaded inside."""
     settings = read_settings(folder)
-    try:
+    with refused_with_words(folder, model):
         if settings.get("score_layout") == "low-rank":
             _refuse_other_ranks(folder, settings)
+        yield
+
+
+@contextmanager
+def refused_with_words(folder: Path, model: Any) -> Iterator[None]:
+    """Inside, what PEFT and torch say of a saved adapter's files and tensors that don't fit is an AdapterError."""
+    try:
         yield
     except SafetensorError as error:
         raise unreadable(folder / WEIGHTS, error) from error

@@ -11,11 +11,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from maskft.errors import AdapterError, UserError, gathered
-from maskft.tuner.attach import attach_saved, unreadable
+from maskft.errors import AdapterError, gathered
+from maskft.tuner.attach import attach_saved, refused_with_words
 from maskft.tuner.formats import format_of
 from maskft.tuner.patterns import flaw_of
 from maskft.tuner.quantized import dense_linear, merge_in_full_precision
@@ -47,17 +47,10 @@ def attach_adapter(model: Any, folder: Path) -> PeftModel:
         return attach_saved(model, folder)
     if isinstance(pattern := _settings(folder).get("target_modules"), str) and (flaw := flaw_of(pattern)):
         raise AdapterError(f"{folder / CONFIG} cannot be used: target_modules {flaw}.")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # named below
-            attached = PeftModel.from_pretrained(model, folder, is_trainable=False)
-    except SafetensorError as error:
-        raise unreadable(folder / WEIGHTS, error) from error
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder} cannot be put on {type(model).__name__}: {error}") from error
+    with refused_with_words(folder, model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # named below
+        attached = PeftModel.from_pretrained(model, folder, is_trainable=False)
     _check_tensors(attached, folder / WEIGHTS)
     return attached
 
