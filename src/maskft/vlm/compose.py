@@ -5,7 +5,6 @@ The result is a `LlavaForConditionalGeneration` folder with a projector that has
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,13 @@ from maskft.vlm.join import (
     join,
     measure_tower,
 )
+from maskft.vlm.load import found_model
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNUSED = ("pooler.", "head.", "vision_model.head.", "visual_projection.")
 """Parts of towers that give one vector an image; hidden states do not pass through them."""
+_OTHERS = " or a hub id such as 'org/name'"
+"""What may be named in place of a folder."""
 
 
 def compose(
@@ -190,7 +192,7 @@ def load_tower(source: str) -> tuple[Any, Any]:
     """
     from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor
 
-    source = _found(source, "--vision")
+    source = found_model(source, "--vision", _OTHERS)
     try:
         config = AutoConfig.from_pretrained(source)
         config = getattr(config, "vision_config", config)
@@ -222,7 +224,7 @@ def load_language_model(source: str, dtype: str | None) -> tuple[Any, Any]:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    source = _found(source, "--language")
+    source = found_model(source, "--language", _OTHERS)
     try:
         config = AutoConfig.from_pretrained(source)
         _require_causal(config, source, MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -256,16 +258,3 @@ def check_choice(option: str, given: str, allowed: Any) -> None:
     """Raise ModelError unless `given` is one of `allowed`."""
     if given not in allowed:
         raise ModelError(f"{option} is '{given}', but must be {' or '.join(allowed)}.{did_you_mean(given, allowed)}")
-
-
-def _found(source: str, option: str) -> str:
-    """A model's folder, or what can be a hub id. Raises ModelError for anything else."""
-    folder = Path(os.path.expanduser(source))
-    if os.path.isfile(folder / "config.json"):
-        return str(folder)
-    if source.count("/") != 1 or source.startswith((".", "~", "/")) or os.path.exists(folder):
-        raise ModelError(
-            f"{option} is '{source}', but there is no model there: {folder / 'config.json'} is missing. Give a folder "
-            "written by save_pretrained or a hub id such as 'org/name'."
-        )
-    return source

@@ -201,12 +201,26 @@ def source_of(base: str) -> str:
     """What Transformers loads for `base`: a folder that has been found, or a hub id."""
     if base in _EMBEDDED:
         return str(embedded_base(aligned=_EMBEDDED[base]))
-    folder = Path(os.path.expanduser(base))
+    return found_model(base, "model.base", f", a hub id such as 'org/name', or one of {', '.join(_EMBEDDED)}")
+
+
+def found_model(source: str, what: str, others: str) -> str:
+    """A model's folder, or what can be a hub id.
+
+    Args:
+        source: as it was given.
+        what: the key or option that it was given for.
+        others: what may be given in place of a folder, for the message.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    folder = Path(os.path.expanduser(source))
     if os.path.isfile(folder / "config.json"):
         return str(folder)
-    if base.count("/") != 1 or base.startswith((".", "~", "/")) or os.path.exists(folder):
+    if source.count("/") != 1 or source.startswith((".", "~", "/")) or os.path.exists(folder):
         raise ModelError(
-            f"model.base is '{base}', but there is no model there: {folder / 'config.json'} is missing. Give a folder "
-            f"written by save_pretrained, a hub id such as 'org/name', or one of {', '.join(_EMBEDDED)}."
+            f"{what} is '{source}', but there is no model there: {folder / 'config.json'} is missing. Give a folder "
+            f"written by save_pretrained{others}."
         )
-    return base
+    return source
