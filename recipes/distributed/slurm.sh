@@ -16,7 +16,9 @@
 set -euo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:-8}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# all names are read before one is taken: a pipe closed early would end the program before it with SIGPIPE
+mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${names[0]}
 port=$((20000 + SLURM_JOB_ID % 20000)) # another for each job
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-32} / gpus))
 

@@ -32,7 +32,9 @@ for file in "$config" "$1"; do
 done
 head=localhost
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # all names are read before one is taken: a pipe closed early would end the program before it with SIGPIPE
+  mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  head=${names[0]}
 fi
 launch=(
   "${PYTHON:-python}" -m accelerate.commands.launch --config_file "$config"
