@@ -110,6 +110,7 @@ class TestCopies:
         assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["checkpoint-3"]
         run_command("ddp", recipe, tmp_path)
         assert json.loads((tmp_path / "metrics.json").read_text())["train"]["resumed_from_step"] == 3
+        run_command("ddp", recipe, copies)  # where the tests above have not made it
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             assert (tmp_path / name).read_bytes() == (copies / name).read_bytes()
 

@@ -18,7 +18,7 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
         return
     from maskft.learnt import result_name
     from maskft.training import train
-    from maskft.tuner.sharding import is_first_process
+    from maskft.tuner.sharding import is_first_process, part_together
 
     try:
         metrics = train(recipe, output, say=notes.print)
@@ -26,7 +26,9 @@ def run(recipe_path: Path, overrides: list[str], output: Path, *, dry_run: bool,
         if as_json and is_first_process():
             done = {"step": paused.step, "of": paused.steps, "checkpoint": paused.checkpoint}
             print_json({"run": str(output), "paused": done})
+        part_together()
         raise
+    part_together()
     if not is_first_process():
         return
     trained = metrics["train"]

@@ -72,6 +72,17 @@ def is_first_process() -> bool:
     return rank == 0
 
 
+def part_together() -> None:
+    """The last call of every process that was launched with others; nothing where there are none.
+
+    A process that ends by itself may be aborted while threads of its group still speak to another, and the launcher
+    takes the whole work as failed.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def mean_over_processes(values: Tensor) -> Tensor:
     """Element by element; every process must call this."""
     if dist.is_initialized():
