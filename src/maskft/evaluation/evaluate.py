@@ -12,7 +12,7 @@ from maskft.data import answer, image_key, leaked_images, prompt, read
 from maskft.errors import DataError, RunError, gathered
 from maskft.evaluation.generation import Progress, generate_answers
 from maskft.evaluation.metrics import METRICS, accuracy, blind_guesses, option_letter
-from maskft.runs import load_data, load_run, update_metrics, write_atomically
+from maskft.runs import load_data, load_run, training_questions, update_metrics, write_atomically
 
 
 def evaluate_run(
@@ -49,6 +49,7 @@ def evaluate_run(
     given = None if data is None else read(data)
     loaded = load_run(run)
     parts = load_data(loaded.recipe)
+    parts["train"] = training_questions(loaded.recipe, parts["train"])
     if given is None and split not in parts:
         raise RunError(f"the data of {run} has no {split} split; it has {', '.join(parts)}. Set data.split.{split}.")
     name = answers_name(split, data)

@@ -31,6 +31,7 @@ from maskft.evaluation.candidates import (
 )
 from maskft.evaluation.generation import Progress, generate_answers
 from maskft.runs import environment, write_json
+from maskft.tuner.sharding import part_together
 from maskft.vlm.load import load_model, load_processor
 
 BATCH_SIZE = 16
@@ -155,9 +156,7 @@ def run_benchmarks(
         earlier = _read_results(folder / "results.json")
         merged = {name: {**earlier.get(name, {}), **results.get(name, {})} for name in {**earlier, **results}}
         write_json(folder / "results.json", merged)
-    if state.num_processes > 1:
-        state.wait_for_everyone()
-        state.destroy_process_group()
+    part_together()
     grid = {c.name: {t.name: files[c.name, t.name] for t in tasks} for c in candidates}
     return Outcome(
         output=folder,
