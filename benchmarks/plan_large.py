@@ -80,7 +80,7 @@ def main() -> None:
                 peak = found.rows[0].peak
                 row = {
                     **provenance(),
-                    "base": name,
+                    "model": name,
                     "parameters": found.parameters,
                     "method": method,
                     "ranks": RANKS,

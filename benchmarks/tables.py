@@ -100,9 +100,9 @@ def plan_ranks() -> str:
 
 def plan_large() -> str:
     """Predicted peaks of one of eight GPUs, by part, in GB."""
-    found = {(row["base"], row["method"]): row for row in read("plan_large.csv")}
+    found = {(row["model"], row["method"]): row for row in read("plan_large.csv")}
     parts = ("base", "trained", "moments", "gradients", "gathered", "activations", "total")
-    head = ["base, method", *parts]
+    head = ["model, method", *parts]
     return table(head, [[", ".join(what), *(row[part] for part in parts)] for what, row in found.items()])
 
 
