@@ -64,6 +64,8 @@ class _Data(Section):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Train on so much of the training part, drawn with `share_seed`."""
     share_seed: int = 0
+    turns: Annotated[int, Field(gt=0)] = 1
+    """Questions about one image in a training conversation; its rows of one question each are joined."""
 
 
 class EasyVqaData(_Data):
@@ -73,8 +75,6 @@ class EasyVqaData(_Data):
     part: Literal["vqa", "captions"] = "vqa"
     limits: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     """At most so many rows of a split, drawn with `seed`."""
-    turns: Annotated[int, Field(gt=0)] = 1
-    """Questions about one image in a training conversation."""
     seed: int = 0
 
 

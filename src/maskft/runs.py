@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from maskft.data import leaked_images, load_easy_vqa, read, split_by_image
+from maskft.data import leaked_images, load_easy_vqa, read, split_by_image, to_dataset
+from maskft.data.turns import join_turns
 from maskft.errors import DataError, RecipeError, RunError
 from maskft.learnt import before_training, put_on, result_name
 from maskft.recipe import EasyVqaData, Recipe, load_recipe
@@ -119,6 +120,32 @@ def load_data(recipe: Recipe) -> dict[str, Any]:
     return parts
 
 
+def training_questions(recipe: Recipe, train: Any) -> Any:
+    """The rows of the training part as they are asked in an evaluation: one question each, where `turns` joined them.
+
+    Args:
+        recipe: whose data it is.
+        train: its training part by `load_data`.
+    """
+    if recipe.data.turns == 1:
+        return train
+    data = recipe.data.model_copy(update={"turns": 1, **_all(recipe)})
+    rows = _whole_data(recipe.model_copy(update={"data": data}))["train"]
+    seen = {_image_names(row) for row in train}
+    return rows.select([i for i, row in enumerate(rows) if _image_names(row) in seen])
+
+
+def _image_names(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple((image["path"], image["bytes"]) for image in row["images"])
+
+
+def _all(recipe: Recipe) -> dict[str, Any]:
+    """Settings of the data section with which every training row is loaded."""
+    if not isinstance(recipe.data, EasyVqaData):
+        return {}
+    return {"limits": {name: rows for name, rows in recipe.data.limits.items() if name != "train"}}
+
+
 def _whole_data(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     if isinstance(data, EasyVqaData):
@@ -135,6 +162,8 @@ def _whole_data(recipe: Recipe) -> dict[str, Any]:
         if path is not None:
             parts[name] = read(path, format=data.format, image_root=data.image_root)
     _refuse_leaks(parts)
+    if data.turns > 1:
+        parts["train"] = to_dataset(join_turns(parts["train"], data.turns))
     return {name: part for name, part in parts.items() if len(part)}
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from maskft.data.images import image_key
 from maskft.data.schema import image_part, text_part, to_dataset, turn
+from maskft.data.turns import join_turns
 from maskft.errors import DataError, MissingExtraError, did_you_mean
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -68,7 +69,7 @@ def load_easy_vqa(
     for split, (source, ids) in splits.items():
         rows = [row for image in ids for row in rows_of(source, image)]
         if split == "train" and turns > 1:
-            rows = _conversations(rows, turns, seed)
+            rows = join_turns(rows, turns, seed=seed, later=lambda text: text.removesuffix(INSTRUCTION))
         order = list(range(len(rows)))
         random.Random(f"{seed}:{split}").shuffle(order)
         chosen = order[: (limits or {}).get(split, len(rows))]
@@ -136,26 +137,6 @@ def _vqa_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
     for number, (item, question, answer) in enumerate(source.questions.get(image, [])):
         text = question[0].upper() + question[1:] + INSTRUCTION
         yield _row(source, image, f"{image}/{number}", f"questions.json item {item}", text, answer)
-
-
-def _conversations(rows: list[dict[str, Any]], turns: int, seed: int) -> list[dict[str, Any]]:
-    """Join rows about the same image into conversations of at most `turns` questions, in an order drawn by `seed`."""
-    by_image: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_image.setdefault(row["images"][0]["path"], []).append(row)
-    draw = random.Random(f"{seed}:turns")
-    joined = []
-    for about in by_image.values():
-        draw.shuffle(about)
-        for start in range(0, len(about), turns):
-            first, *others = about[start : start + turns]
-            messages = list(first["messages"])
-            for row in others:
-                question, answer = row["messages"]
-                text = question["content"][-1]["text"].removesuffix(INSTRUCTION)
-                messages += [turn("user", [text_part(text)]), answer]
-            joined.append({**first, "messages": messages})
-    return joined
 
 
 def _caption_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
