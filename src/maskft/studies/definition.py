@@ -133,6 +133,8 @@ class Study(_Section):
     """Analyses of each finished run, by their names in maskft.studies.after."""
     across: list[str] = []
     """Analyses of runs that differ in their seeds, likewise."""
+    keep_weights: bool = True
+    """False removes what a run has learnt once its result is there; of tuning it is always removed."""
     plot: str | None = None
     """What the page draws: accuracy against a key of `vary` or against `rho`; training loss against `step`; `gap`,
     accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation with the last
@@ -153,6 +155,8 @@ class Study(_Section):
                 raise ValueError(f"there is no variant {name!r}.{did_you_mean(name, self.variants)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is given twice")
+        if not self.keep_weights and (self.across or self.measure.test == "chosen"):
+            raise ValueError("keep_weights is false, but across and measure.test: chosen need weights of finished runs")
         return self
 
 

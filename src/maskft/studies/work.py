@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import StudyError
+from maskft.guard import CHECKPOINTS
 from maskft.recipe import load_recipe
 from maskft.runs import write_json
 from maskft.studies.after import ACROSS, ANALYSES, compare_seeds, named
@@ -97,7 +99,8 @@ class Worker:
     def _tuned_groups(self) -> list[tuple[str, str]]:
         wanted = {cell.group for cell in cells(self.study, {}, toy=self.toy)}
         found = [group for group in groups(self.study) if group in wanted and tuned_parameters(self.study, group[0])]
-        return found[:1] if self.toy else found
+        data = list(self.study.data or [""])
+        return found[:1] if self.toy else sorted(found, key=lambda group: data.index(group[1]))
 
     def tune(self, progress: Progress) -> dict[tuple[str, str], Settings]:
         """The first stage: the best values of each variant on each data set."""
@@ -166,7 +169,10 @@ class Worker:
 
     def _stage(self, name: str, todo: Mapping[str, Cell], parts: Sequence[str], progress: Progress) -> list[Result]:
         queue = Queue(self.storage, f"{self.name}/{name}")
-        queue.plan({key: {} for key in todo}, failed_too=True)
+        # by data set and seed first, so that what an unfinished study has can be compared
+        data, seeds = list(self.study.data or [""]), self.study.seeds
+        order = sorted(todo, key=lambda key: (data.index(todo[key].data), seeds.index(todo[key].seed)))
+        queue.plan({key: {} for key in order}, failed_too=True)
         self._drain(
             name, [queue], lambda own, trial: self._run(own, trial, todo[trial.user_attrs[CELL]], parts), progress
         )
@@ -252,6 +258,8 @@ class Worker:
                 result.value(measure.choose if "validation" in result.parts else "loss"),
                 result.model_dump(mode="json"),
             )
+            if tuning or not self.study.keep_weights:
+                _remove_weights(folder / "run")
         elif code == PAUSED:
             queue.fail(trial, None)
         else:
@@ -303,6 +311,13 @@ def run_study(
     for result in outcome.results:
         write_result(output / "results" / f"{result_name(result)}.json", result)
     return outcome
+
+
+def _remove_weights(run: Path) -> None:
+    """Remove a run's weights and checkpoints; its record stays."""
+    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    for file in run.rglob("*.safetensors"):
+        file.unlink()
 
 
 def _merit(trial: Any) -> tuple[float, float]:
