@@ -54,6 +54,7 @@ bench: setup
 	$(BIN)/python benchmarks/bench_step.py --tokens 512 --accumulate 16 --rounds 5 "S-MFT plain" "S-MFT fast" "LoRA r=16"
 	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_adapter.py
+	$(BIN)/python benchmarks/bench_answers.py
 	$(BIN)/python benchmarks/tables.py
 
 # Trains the projector that ships with the embedded base and puts it, with the record of its run, where it ships.

@@ -106,7 +106,14 @@ def plan_large() -> str:
     return table(head, [[", ".join(what), *(row[part] for part in parts)] for what, row in found.items()])
 
 
-TABLES = {"step.csv": step, "memory.csv": memory, "adapter.csv": adapter, "modes.csv": modes}
+def answers() -> str:
+    """Times per answer beside `generate` on the same batches."""
+    found = {row["questions_about_an_image"]: row for row in read("answers.csv")}
+    head = ["questions about an image", "s per answer", "`generate` alone, s", "ratio"]
+    return table(head, [[each, r["ours_s"], r["plain_s"], r["ratio"]] for each, r in found.items()])
+
+
+TABLES = {"answers.csv": answers, "step.csv": step, "memory.csv": memory, "adapter.csv": adapter, "modes.csv": modes}
 PLAN_TABLES = {"plan_check.csv": plan_check, "plan_ranks.csv": plan_ranks, "plan_large.csv": plan_large}
 
 

@@ -115,6 +115,8 @@ def test_tuning_by_variant() -> None:
         ({"vary": {"training.seed": [1]}}, "seeds belong under seeds"),
         ({"seeds": [1, 1]}, "a seed is given twice"),
         ({"measure": {"test": "chosen", "validation": False}}, "validation cannot be false"),
+        ({"keep_weights": False, "across": ["agreement"]}, "keep_weights is false, but across"),
+        ({"tune": {"parameters": {"x": [1]}, "data": "c"}, "data": {"d": {}}}, "there is no data set 'c'"),
         ({"tune": {}}, "'tune.parameters' is missing"),
         ({"tune": {"parameters": {"x": {"low": 1.0}}}}, "give a list of values, or low and high"),
         ({"tune": {"parameters": {"x": {"low": 1.0, "high": 0.5}}}}, "low must be below high"),

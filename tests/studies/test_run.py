@@ -232,3 +232,24 @@ def test_final_loss_and_outcomes() -> None:
     assert final_loss([], 20) is None
     assert packed_outcomes([1.0, 0.0]) == "10"
     assert packed_outcomes([1.0, 0.5]) == "1 0.5"
+
+
+def test_one_data_set_tunes_for_all_and_weights_make_room(tmp_path: Path) -> None:
+    file = write_study(
+        tmp_path,
+        variants={"soft": {"method.gate": "soft"}},
+        data={"a": {}, "b": {"data.share": 0.5}},
+        seeds=[0],
+        tune={"parameters": {"training.learning_rate": [0.01, 0.1]}, "trials": 2, "data": "b"},
+        measure={"validation": False, "last_steps": 1},
+        keep_weights=False,
+    )
+    outcome = run_study(file, tmp_path / "out")
+    trials = [result for result in outcome.results if result.stage == "tune"]
+    assert [result.data for result in trials] == ["b", "b"]
+    assert outcome.tuned[("soft", "a")] == outcome.tuned[("soft", "b")]
+    assert {result.data for result in outcome.results if result.stage == "run"} == {"a", "b"}
+    assert list(outcome.output.rglob("trials/*/run/metrics.json"))
+    assert not list(outcome.output.rglob("trials/*/run/*.safetensors"))
+    repeated = run_study(file, tmp_path / "out")
+    assert repeated.results == outcome.results

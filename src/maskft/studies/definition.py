@@ -88,6 +88,8 @@ class Tune(_Section):
     pruner: Literal["none", "median"] = "none"
     """median stops a trial whose training loss is above the median of the earlier ones at the same step."""
     seed: int = 0
+    data: str | None = None
+    """Tune on this data set alone; what is chosen there serves all of them."""
     overrides: Settings = {}
     """Of tuning alone, for example fewer steps."""
 
@@ -153,6 +155,8 @@ class Study(_Section):
         for name in named:
             if name not in self.variants:
                 raise ValueError(f"there is no variant {name!r}.{did_you_mean(name, self.variants)}")
+        if self.tune is not None and self.tune.data is not None and self.tune.data not in self.data:
+            raise ValueError(f"there is no data set {self.tune.data!r}.{did_you_mean(self.tune.data, self.data)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("a seed is given twice")
         if not self.keep_weights and (self.across or self.measure.test == "chosen"):

@@ -98,6 +98,8 @@ class Worker:
 
     def _tuned_groups(self) -> list[tuple[str, str]]:
         wanted = {cell.group for cell in cells(self.study, {}, toy=self.toy)}
+        if self.study.tune is not None and (only := self.study.tune.data) is not None:
+            wanted = {(variant, only) for variant, _ in wanted}
         found = [group for group in groups(self.study) if group in wanted and tuned_parameters(self.study, group[0])]
         data = list(self.study.data or [""])
         return found[:1] if self.toy else sorted(found, key=lambda group: data.index(group[1]))
@@ -145,6 +147,8 @@ class Worker:
                 logger.warning("%d trials of tuning %s failed. The first error: %s", len(errors), place, errors[0])
             chosen[group] = dict(max(done, key=_merit).params)
             self.tuning += [_result(trial) for trial in done]
+        if self.study.tune is not None and (only := self.study.tune.data) is not None:
+            chosen = {(variant, name): chosen[variant, only] for variant, _ in chosen for name in self.study.data}
         return chosen
 
     def run(self, tuned: Mapping[tuple[str, str], Settings], progress: Progress) -> list[Result]:
