@@ -14,6 +14,7 @@ answers-<split>.jsonl       every test question with both answers
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -185,6 +186,17 @@ class LoadedRun:
     model: Any
     processor: Any
     _base_state: Mapping[str, Any] | None = None
+    _parts: Mapping[str, Any] | None = None
+
+    @functools.cached_property
+    def parts(self) -> Mapping[str, Any]:
+        """The recipe's data sets by split; errors as `load_data`."""
+        return load_data(self.recipe) if self._parts is None else self._parts
+
+    @functools.cached_property
+    def asked(self) -> Mapping[str, Any]:
+        """These data sets with one question in each training row, also where `turns` joined several."""
+        return {**self.parts, "train": training_questions(self.recipe, self.parts["train"])}
 
     @contextlib.contextmanager
     def base(self) -> Iterator[Any]:
@@ -193,8 +205,12 @@ class LoadedRun:
             yield model
 
 
-def load_run(run: Path) -> LoadedRun:
+def load_run(run: Path, parts: Mapping[str, Any] | None = None) -> LoadedRun:
     """Load base, processor and what the run learnt.
+
+    Args:
+        run: a finished run's folder.
+        parts: the recipe's data sets, where they are loaded already.
 
     Raises:
         RunError: not a run folder, or training has not finished.
@@ -214,4 +230,4 @@ def load_run(run: Path) -> LoadedRun:
         quantization=section.quantization,
     )
     tuned, before = put_on(model, run, result)
-    return LoadedRun(run, recipe, tuned, processor, before)
+    return LoadedRun(run, recipe, tuned, processor, before, parts)

@@ -119,11 +119,19 @@ def training_arguments(recipe: Recipe, output: Path) -> Any:
         raise RecipeError(f"training: {error}") from error
 
 
-def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, output: Path, *, say: Say = lambda text: None, parts: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Train into the folder `output`, resuming an interrupted run of the same recipe there.
 
     Nothing is written before recipe, data, model and targets have been checked. Where several processes were launched,
     each of them calls this, and the first one speaks and writes.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder.
+        say: for remarks.
+        parts: the recipe's data sets, where they are loaded already.
 
     Returns:
         The content of metrics.json, with `train` filled in.
@@ -134,16 +142,16 @@ def train(recipe: Recipe, output: Path, *, say: Say = lambda text: None) -> dict
         Paused: SIGTERM asked for an end; a checkpoint has been saved.
     """
     with Guard(output, say) as guard:
-        return _train(recipe, output, say, guard)
+        return _train(recipe, output, say, guard, parts)
 
 
-def _train(recipe: Recipe, output: Path, say: Say, guard: Guard) -> dict[str, Any]:
+def _train(recipe: Recipe, output: Path, say: Say, guard: Guard, parts: Mapping[str, Any] | None) -> dict[str, Any]:
     first = is_first_process()
     say = say if first else lambda text: None
     if _finished(recipe, output):
         say(f"{output} already holds a finished run of this recipe.")
         return read_metrics(output)
-    ready = prepare(recipe, output, say)
+    ready = prepare(recipe, output, say, parts=parts)
     say(f"training {ready.trainable:,} parameters beside a base of {ready.base_parameters:,}")
 
     ready.arguments.distributed_state.wait_for_everyone()  # until every process has looked at the folder
@@ -218,7 +226,7 @@ class Ready:
     """What a recipe asks for, loaded and checked."""
 
     arguments: Any
-    parts: dict[str, Any]
+    parts: Mapping[str, Any]
     processor: Any
     model: Any
     shares: Any
@@ -227,11 +235,14 @@ class Ready:
     trainable: int
 
 
-def prepare(recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING) -> Ready:
-    """Load and check everything but what is lacking, cheapest first, writing nothing."""
+def prepare(
+    recipe: Recipe, output: Path, say: Say, lacking: Absent = NOTHING, parts: Mapping[str, Any] | None = None
+) -> Ready:
+    """Load and check everything but what is lacking, cheapest first, writing nothing; `parts` as `train`."""
     arguments = training_arguments(recipe, output)
     section = recipe.model
-    parts = {} if lacking.data else load_data(recipe)
+    if parts is None:
+        parts = {} if lacking.data else load_data(recipe)
     if not lacking.data:
         _require_validation(arguments, parts)
     trusted = section.trust_remote_code

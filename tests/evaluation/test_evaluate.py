@@ -14,14 +14,12 @@ from PIL import Image
 import maskft.evaluation.evaluate as module
 from maskft.errors import DataError, RunError
 from maskft.evaluation.evaluate import evaluate_run, image_groups
-from maskft.recipe import Recipe, load_recipe
+from maskft.recipe import load_recipe
+from maskft.runs import LoadedRun
 
 
-class Loaded:
+class Loaded(LoadedRun):
     """A run whose base and tuned model are names."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.model, self.processor = recipe, "tuned", None
 
     @contextlib.contextmanager
     def base(self) -> Iterator[str]:
@@ -47,7 +45,9 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., t
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         (run / "recipe.yaml").write_text(text + f"evaluation: {{metric: {metric}}}\n")
-        monkeypatch.setattr(module, "load_run", lambda folder: Loaded(load_recipe(folder / "recipe.yaml")))
+        monkeypatch.setattr(
+            module, "load_run", lambda folder: Loaded(folder, load_recipe(folder / "recipe.yaml"), "tuned", None)
+        )
         said = {"base": base, "tuned": tuned}
         monkeypatch.setattr(module, "generate_answers", lambda model, processor, rows, **_: said[model][: len(rows)])
         return (*evaluate_run(run, **arguments), run)

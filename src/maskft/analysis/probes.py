@@ -20,7 +20,7 @@ from maskft.data import Collator, answer, image_key
 from maskft.data.schema import image_part, text_part, turn
 from maskft.errors import RunError
 from maskft.evaluation.evaluate import question_text
-from maskft.runs import load_data, load_run
+from maskft.runs import load_run
 
 PROMPT = "Describe the image briefly."
 """Asked of every image, so that nothing but the image tells the attribute."""
@@ -155,8 +155,7 @@ def probes(run: Path, *, images: int = 300) -> dict[str, Any]:
         RunError: not a finished run, or its data ask nothing of enough images.
     """
     loaded = load_run(run)
-    parts = load_data(loaded.recipe)
-    rows = {part: _of_first_images(parts.get(part, ()), images) for part in ("train", "test")}
+    rows = {part: _of_first_images(loaded.parts.get(part, ()), images) for part in ("train", "test")}
     attributes = find_attributes(rows["train"], rows["test"])
     if not attributes:
         raise RunError(

@@ -6,16 +6,16 @@ images all differ in content, so the rule that drops images found in a later par
 
 from __future__ import annotations
 
+import functools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset
 
 from maskft.data.images import image_key
 from maskft.data.schema import image_part, text_part, to_dataset, turn
-from maskft.data.turns import join_turns
 from maskft.errors import DataError, MissingExtraError, did_you_mean
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -34,6 +34,13 @@ class _Source(NamedTuple):
     name: str
     paths: Mapping[int, str]
     questions: Mapping[int, list[tuple[int, str, str]]]
+
+
+class _Entry(NamedTuple):
+    """A row to be: an image's id, and which of its questions the row asks; captions ask none of them."""
+
+    image: int
+    asked: tuple[int, ...]
 
 
 def load_easy_vqa(
@@ -59,7 +66,6 @@ def load_easy_vqa(
         raise DataError(f"turns is {turns}, but must be at least 1.")
     train, test = _sources()
     images = _split_images(train, test)
-    rows_of: Callable[[_Source, int], Iterator[dict[str, Any]]] = _vqa_rows if part == "vqa" else _caption_rows
     splits = {
         "train": (train, images[part]),
         "validation": (train, images["validation"]),
@@ -67,13 +73,14 @@ def load_easy_vqa(
     }
     result = {}
     for split, (source, ids) in splits.items():
-        rows = [row for image in ids for row in rows_of(source, image)]
-        if split == "train" and turns > 1:
-            rows = join_turns(rows, turns, seed=seed, later=lambda text: text.removesuffix(INSTRUCTION))
-        order = list(range(len(rows)))
+        entries = _entries(part, source, ids)
+        if split == "train" and turns > 1 and part == "vqa":
+            entries = _conversations(entries, turns, seed)
+        order = list(range(len(entries)))
         random.Random(f"{seed}:{split}").shuffle(order)
-        chosen = order[: (limits or {}).get(split, len(rows))]
-        result[split] = to_dataset(rows[i] for i in (chosen if split == "train" else sorted(chosen)))
+        chosen = order[: (limits or {}).get(split, len(entries))]
+        kept = (entries[i] for i in (chosen if split == "train" else sorted(chosen)))
+        result[split] = to_dataset(_row(source, entry) for entry in kept)
     return result
 
 
@@ -118,32 +125,65 @@ def _split_images(train: _Source, test: _Source) -> dict[str, list[int]]:
     later: set[str] = set()
     kept = {}
     for name, (source, members) in parts.items():
-        keys = {image: image_key({"path": source.paths[image], "bytes": None}) for image in members}
+        keys = {image: _key(source.paths[image]) for image in members}
         kept[name] = [image for image in members if keys[image] not in later]
         later.update(keys.values())
     return kept
 
 
-def _row(source: _Source, image: int, name: str, origin: str, question: str, answer: str) -> dict[str, Any]:
+@functools.cache
+def _key(path: str) -> str:
+    """`image_key` of one of the package's images, which stay as they are."""
+    return image_key({"path": path, "bytes": None})
+
+
+def _entries(part: Part, source: _Source, images: Sequence[int]) -> list[_Entry]:
+    """What there is to ask about the images, in their order."""
+    if part == "captions":
+        return [_Entry(image, ()) for image in images if _caption(source, image) is not None]
+    return [_Entry(image, (number,)) for image in images for number in range(len(source.questions.get(image, [])))]
+
+
+def _conversations(entries: Sequence[_Entry], turns: int, seed: int) -> list[_Entry]:
+    """Join what asks about the same image, at most `turns` questions, in an order drawn by `seed`."""
+    by_image: dict[int, list[int]] = {}
+    for entry in entries:
+        by_image.setdefault(entry.image, []).extend(entry.asked)
+    draw = random.Random(f"{seed}:turns")
+    joined = []
+    for image, numbers in by_image.items():
+        draw.shuffle(numbers)
+        joined += [_Entry(image, tuple(numbers[start : start + turns])) for start in range(0, len(numbers), turns)]
+    return joined
+
+
+def _row(source: _Source, entry: _Entry) -> dict[str, Any]:
+    """The entry in canonical form."""
+    image, asked = entry
+    if asked:
+        triples = [source.questions[image][number] for number in asked]
+        pairs = [(question[0].upper() + question[1:], answer) for _, question, answer in triples]
+        pairs[0] = (pairs[0][0] + INSTRUCTION, pairs[0][1])
+        name, origin = f"{image}/{asked[0]}", f"questions.json item {triples[0][0]}"
+    else:
+        name, origin, pairs = str(image), f"image {image}", [(DESCRIBE, _caption(source, image) or "")]
+    messages: list[dict[str, Any]] = []
+    for question, answer in pairs:
+        shown = [] if messages else [image_part()]
+        messages += [turn("user", [*shown, text_part(question)]), turn("assistant", [text_part(answer)])]
     return {
         "id": f"easy-vqa/{source.name}/{name}",
         "images": [{"path": source.paths[image], "bytes": None}],
-        "messages": [turn("user", [image_part(), text_part(question)]), turn("assistant", [text_part(answer)])],
+        "messages": messages,
         "origin": f"easy-vqa {source.name} {origin}",
     }
 
 
-def _vqa_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
-    for number, (item, question, answer) in enumerate(source.questions.get(image, [])):
-        text = question[0].upper() + question[1:] + INSTRUCTION
-        yield _row(source, image, f"{image}/{number}", f"questions.json item {item}", text, answer)
-
-
-def _caption_rows(source: _Source, image: int) -> Iterator[dict[str, Any]]:
+def _caption(source: _Source, image: int) -> str | None:
+    """What the image shows, where its questions tell."""
     asked = [(question, answer) for _, question, answer in source.questions.get(image, [])]
     color, shape = described(asked, COLORS), described(asked, SHAPES)
-    if color and shape:
-        yield _row(source, image, str(image), f"image {image}", DESCRIBE, f"A {color} {shape}.")
+    return f"A {color} {shape}." if color and shape else None
 
 
 def described(asked: list[tuple[str, str]], names: tuple[str, ...]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from maskft.data.schema import text_part, turn
@@ -11,16 +11,11 @@ from maskft.data.schema import text_part, turn
 Row = Mapping[str, Any]
 
 
-def join_turns(
-    rows: Iterable[Row], turns: int, *, seed: int = 0, later: Callable[[str], str] = lambda text: text
-) -> list[dict[str, Any]]:
+def join_turns(rows: Iterable[Row], turns: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """Canonical rows with at most `turns` questions each, in an order drawn by `seed`.
 
     A row of one image, one question that begins with it, and one answer is joined with others about its image; every
     other row stays as it is. A joined row keeps the id of its first question.
-
-    Args:
-        later: what becomes of the text of questions after a conversation's first.
     """
     about: dict[Any, list[Row]] = {}
     for number, row in enumerate(rows):
@@ -35,7 +30,7 @@ def join_turns(
             for row in others:
                 question, answer = row["messages"]
                 text = "".join(part["text"] for part in question["content"] if part["type"] == "text")
-                messages += [turn("user", [text_part(later(text))]), answer]
+                messages += [turn("user", [text_part(text)]), answer]
             joined.append({**first, "messages": messages})
     return joined
 

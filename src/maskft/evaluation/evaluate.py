@@ -12,11 +12,11 @@ from maskft.data import answer, image_key, leaked_images, prompt, read
 from maskft.errors import DataError, RunError, gathered
 from maskft.evaluation.generation import Progress, generate_answers
 from maskft.evaluation.metrics import METRICS, accuracy, blind_guesses, option_letter
-from maskft.runs import load_data, load_run, training_questions, update_metrics, write_atomically
+from maskft.runs import LoadedRun, load_run, update_metrics, write_atomically
 
 
 def evaluate_run(
-    run: Path,
+    run: Path | LoadedRun,
     *,
     split: str = "test",
     data: Path | None = None,
@@ -31,7 +31,7 @@ def evaluate_run(
     one's own. With a limit nothing is written, so that a quick look never takes the place of a result.
 
     Args:
-        run: a finished run's folder.
+        run: a finished run's folder, or the run in memory.
         split: "test", "validation" or "train".
         data: a data file, whose rows are asked instead of a split's; image paths are relative to its folder.
         limit: only the first so many questions.
@@ -47,11 +47,10 @@ def evaluate_run(
         DataError: the metric is choice and a right answer has no option letter; `data` has a flaw.
     """
     given = None if data is None else read(data)
-    loaded = load_run(run)
-    parts = load_data(loaded.recipe)
-    parts["train"] = training_questions(loaded.recipe, parts["train"])
+    loaded = run if isinstance(run, LoadedRun) else load_run(run)
+    folder, parts = loaded.folder, loaded.asked
     if given is None and split not in parts:
-        raise RunError(f"the data of {run} has no {split} split; it has {', '.join(parts)}. Set data.split.{split}.")
+        raise RunError(f"the data of {folder} has no {split} split; it has {', '.join(parts)}. Set data.split.{split}.")
     name = answers_name(split, data)
     rows = list(parts[split] if given is None else given)[:limit]
     settings = loaded.recipe.evaluation
@@ -94,11 +93,13 @@ def evaluate_run(
         scores |= {"data": str(data), "images_of_training": leaked_images(train_rows, given)}
     if limit is not None:
         return scores, records
-    write_atomically(run / f"answers-{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    write_atomically(
+        folder / f"answers-{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    )
     if name == "test":
-        update_metrics(run, scores)
+        update_metrics(folder, scores)
     else:  # the entry "train" holds what training says of itself
-        update_metrics(run, {name if name == "validation" else f"answers-{name}": scores})
+        update_metrics(folder, {name if name == "validation" else f"answers-{name}": scores})
     return scores, records
 
 

@@ -302,15 +302,17 @@ def _cell(
 
 
 def _covering(found: Sequence[Cell]) -> list[Cell]:
-    """Cells of which each shows a value that none before it did."""
-    seen: set[str] = set()
-    kept = []
-    for cell in found:
-        shown = {f"variant {cell.variant}", f"data {cell.data}", *as_overrides(cell.settings)}
-        if not shown <= seen:
-            kept.append(cell)
-            seen |= shown
-    return kept
+    """Few cells that show every variant, data set and value: each is the first of those that show most that is new."""
+    shown = {
+        cell.name: {f"variant {cell.variant}", f"data {cell.data}", *as_overrides(cell.settings)} for cell in found
+    }
+    left = set[str]().union(*shown.values())
+    kept = set()
+    while left:
+        best = max(shown, key=lambda name: len(shown[name] & left))
+        kept.add(best)
+        left -= shown[best]
+    return [cell for cell in found if cell.name in kept]
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ are made once. With --once it works on one job by itself, without forking, and e
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 
 from maskft.errors import Paused, StudyError, UserError
 from maskft.recipe import Recipe, load_recipe
-from maskft.runs import load_data, write_json
+from maskft.runs import LoadedRun, load_data, load_run, write_json
 from maskft.studies.results import Part, Result, Score, Training, final_loss, packed_outcomes, write_result
 
 PAUSED, MISTAKE, FAULT = 3, 2, 1
@@ -75,18 +76,12 @@ def work(job: Job) -> Result:
     recipe = load_recipe(job.recipe, job.overrides)
     run = job.folder / "run"
     with _alone(job.folder):
-        metrics = train(recipe, run, say=_say)
+        data = load_data(recipe)
+        metrics = train(recipe, run, say=_say, parts=data)
         peak = _peak_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        there = _parts_there(recipe, job.shared)
-        parts: dict[str, Part] = {}
-        if job.train_questions:
-            parts["train"] = _answered(run, recipe, "train", job.train_questions, job.shared)
-        for part in job.parts:
-            if part not in there["parts"]:
-                raise StudyError(f"the data has no {part} part; it has {', '.join(there['parts'])}.")
-            parts[part] = _answered(run, recipe, part, None, job.shared)
+        parts = _answered(job, run, data)
         after = {name: analyse(run) for name, analyse in named(job.after, ANALYSES).items()}
     log = json.loads((run / LOG).read_text(encoding="utf-8")) if (run / LOG).is_file() else []
     made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
@@ -104,7 +99,7 @@ def work(job: Job) -> Result:
         python=made["python"],
         machine=made["machine"],
         commit=made["commit"],
-        data_fingerprint=there["fingerprint"],
+        data_fingerprint=_data_fingerprint(recipe, data, job.shared),
         base_fingerprint=_base_fingerprint(recipe, job.shared),
     )
     write_result(job.folder / RESULT, result)
@@ -138,14 +133,29 @@ def _training(trained: Mapping[str, Any], last: float | None, peak: int) -> Trai
     return Training(**{**known, "final_loss": last, "step_seconds": step, "peak_memory": peak})
 
 
-def _answered(run: Path, recipe: Recipe, part: str, limit: int | None, shared: Path) -> Part:
+def _answered(job: Job, run: Path, data: Mapping[str, Any]) -> dict[str, Part]:
+    """Scores of the parts that the job asks for; the run is loaded once for all of them."""
+    wanted: dict[str, int | None] = {"train": job.train_questions} if job.train_questions else {}
+    wanted |= dict.fromkeys(job.parts)
+    for part in wanted:
+        if part not in data:
+            raise StudyError(f"the data has no {part} part; it has {', '.join(data)}.")
+    if not wanted:
+        return {}
+    loaded = load_run(run, data)
+    return {part: _scored(loaded, part, limit, job.shared) for part, limit in wanted.items()}
+
+
+def _scored(loaded: LoadedRun, part: str, limit: int | None, shared: Path) -> Part:
     """Answers of a part, scored. The base's answers are kept for the other trials."""
     from maskft.evaluation import evaluate_run
     from maskft.evaluation.evaluate import scored
 
-    known = _kept(shared, "answers", recipe, "model", "data", "evaluation", part, limit)
+    if limit is not None and limit >= len(loaded.parts[part]):
+        limit = None  # all of them, which is a result of the run's own
+    known = _kept(shared, "answers", loaded.recipe, "model", "data", "evaluation", part, limit)
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else None
-    scores, records = evaluate_run(run, split=part, limit=limit, base_answers=before)
+    scores, records = evaluate_run(loaded, split=part, limit=limit, base_answers=before)
     if before is None:
         write_json(known, [record["base"] for record in records])
     outcomes = scored(scores["metric"], [record["tuned"] for record in records], records)
@@ -153,13 +163,12 @@ def _answered(run: Path, recipe: Recipe, part: str, limit: int | None, shared: P
     return Part(tuned=tuned, base=base, blind=blind, outcomes=packed_outcomes(outcomes))
 
 
-def _parts_there(recipe: Recipe, shared: Path) -> dict[str, Any]:
-    """Names of the data's parts and the fingerprint of their rows, counted once."""
-    path = _kept(shared, "data", recipe, "data")
+def _data_fingerprint(recipe: Recipe, data: Mapping[str, Any], shared: Path) -> str:
+    """`data_fingerprint`, counted once for all trials with these data."""
+    path = _kept(shared, "rows", recipe, "data")
     if not path.is_file():
-        parts = load_data(recipe)
-        write_json(path, {"parts": list(parts), "fingerprint": data_fingerprint(parts)})
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, data_fingerprint(data))
+    found: str = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -252,6 +261,7 @@ def serve(forks: bool) -> None:
     import maskft.studies.after
     import maskft.training  # noqa: F401
 
+    gc.freeze()  # what is imported stays, so that collections in the forked processes pass over it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the worker, whose end lets a run save a checkpoint
     with os.fdopen(os.dup(0), "rb", buffering=0) as lines, os.fdopen(os.dup(1), "w", buffering=1) as answers:
         buffer = b""

@@ -14,7 +14,7 @@ from typing import Any
 
 from maskft.errors import StudyError
 from maskft.guard import CHECKPOINTS
-from maskft.recipe import load_recipe
+from maskft.recipe import Recipe, load_recipe
 from maskft.runs import write_json
 from maskft.studies.after import ACROSS, ANALYSES, compare_seeds, named
 from maskft.studies.definition import (
@@ -74,7 +74,8 @@ class Worker:
         self.name = path.stem + ("-toy" if toy else "")
         self.storage, self.processes = storage, processes
         self.recipe = study.recipe.read_text(encoding="utf-8") if study.recipe.is_file() else ""
-        self._base = [f"model.base={toy_base(study, output)}"] if toy else []
+        recipes = [self._load(cell) for cell in cells(study, {}, toy=True)] if toy else []
+        self._base = [f"model.base={toy_base(study, output, recipes)}"] if toy else []
         self._toy = {"TORCHDYNAMO_DISABLE": "1"} if toy else {}  # to compile takes longer than to train
         self._queues: list[tuple[Queue, Mapping[str, Cell]]] = []
         self.tuning: list[Result] = []
@@ -90,9 +91,9 @@ class Worker:
             points = grid_points(tuned_parameters(self.study, group[0]), 1)
             self._load(tuning_cell(self.study, group, points[0], toy=self.toy))
 
-    def _load(self, cell: Cell) -> None:
+    def _load(self, cell: Cell) -> Recipe:
         try:
-            load_recipe(self.study.recipe, list(cell.overrides))
+            return load_recipe(self.study.recipe, list(cell.overrides))
         except ValueError as error:
             raise StudyError(f"the run {cell.name} cannot be made. {error}") from error
 
@@ -163,6 +164,8 @@ class Worker:
         if measure.test != "chosen":
             return first
         best = chosen_settings(first, measure.choose)
+        if self.toy:  # where all are equal, one is enough
+            best = {group: settings[:1] for group, settings in best.items()}
         tested = {k: c for k, c in todo.items() if c.settings in best.get(c.group, [])}
         second = self._stage("tests", tested, [*parts, "test"], progress)
         return [r for r in first if all(identity(r) != identity(t) for t in second)] + second
