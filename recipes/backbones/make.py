@@ -1,0 +1,198 @@
+"""Two more small backbones beside the embedded base: their first weights, and the rows they are trained on.
+
+    python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
+    python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
+    python recipes/backbones/make.py shallow models/shallow-unhealed
+    python recipes/backbones/make.py phi models/phi-untrained
+
+README.md, in this folder, has all commands in their order. Both take vision encoder and processor of the embedded base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskft.data.easy_vqa import COLORS, INSTRUCTION, SHAPES
+from maskft.folders import refuse_existing, staged
+from maskft.vlm.embedded import embedded_base
+
+TURNS = 4
+"""Questions about one image in a conversation, at most."""
+PICTURES = 400
+"""Of stamps and of clip art, as many are drawn: drawn shapes are to be the larger part."""
+EVEN = (0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29)
+"""Twelve of SmolLM2's thirty layers, spread evenly."""
+PHI = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+SPREAD = 0.04
+"""Standard deviation of the Phi's embeddings, which are its head too: a normed state then gives logits of about 0.8."""
+
+Asked = tuple[str, str]
+
+
+def rows(folders: Sequence[Path], *, asked: bool, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations of at most TURNS questions about one image, in LLaVA's form, shuffled.
+
+    Args:
+        folders: written by `maskft data`, all in one folder, which image paths become relative to. Rows of
+            `easy-vqa --part captions` are asked about in words of our own.
+        asked: these are also asked easy-VQA's questions about the same images, in conversations of their own.
+        seed: draws questions and orders.
+    """
+    draw = random.Random(seed)
+    result = []
+    for folder in folders:
+        told: dict[str, list[Asked]] = defaultdict(list)
+        names: dict[str, str] = {}
+        for row in json.loads((folder / "train.json").read_text()):
+            human, model = (turn["value"] for turn in row["conversations"])
+            told[row["image"]].append((human.removeprefix("<image>\n"), model))
+            names[row["image"]] = row["id"]
+        shapes = {image: name for image, name in names.items() if name.startswith("easy-vqa/train/")}
+        for image in shapes:
+            told[image] += _about_shape(told[image][0][1], draw)
+        chosen = list(shapes) or draw.sample(sorted(told), min(PICTURES, len(told)))
+        for image in chosen:
+            result.append(_conversation(names[image], f"{folder.name}/{image}", told[image], draw))
+        if asked and shapes:
+            questions = _easy_vqa_questions()
+            for image, name in shapes.items():
+                pairs = questions[int(name.rpartition("/")[2])]
+                result.append(_conversation(f"{name}/asked", f"{folder.name}/{image}", pairs, draw))
+    draw.shuffle(result)
+    return result
+
+
+def _about_shape(caption: str, draw: random.Random) -> list[Asked]:
+    """Questions with a caption's truth, such as "A red circle.", in other words than easy-VQA's."""
+    _, color, shape = caption.rstrip(".").split()
+    pairs = [("Name its color.", color), ("Name its form.", shape)]
+    for own, names, question in ((color, COLORS, "Do you see something {}?"), (shape, SHAPES, "Do you see a {}?")):
+        named = own if draw.random() < 0.5 else draw.choice([name for name in names if name != own])
+        pairs.append((question.format(named), "yes" if named == own else "no"))
+    return [(question + INSTRUCTION, answer) for question, answer in pairs]
+
+
+def _easy_vqa_questions() -> dict[int, list[Asked]]:
+    """The package's questions about its training images, by image."""
+    import easy_vqa
+
+    found: dict[int, list[Asked]] = defaultdict(list)
+    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
+        found[image].append((question[0].upper() + question[1:] + INSTRUCTION, answer))
+    return found
+
+
+def _conversation(name: str, image: str, pairs: Iterable[Asked], draw: random.Random) -> dict[str, Any]:
+    """Some of the questions; to answer with a word is said once, as in LLaVA's data."""
+    chosen = list(pairs)
+    draw.shuffle(chosen)
+    turns: list[dict[str, str]] = []
+    for question, answer in chosen[:TURNS]:
+        said = any(turn["value"].endswith(INSTRUCTION) for turn in turns)
+        text = question.removesuffix(INSTRUCTION) if said else question
+        turns += [{"from": "human", "value": text if turns else f"<image>\n{text}"}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "conversations": turns}
+
+
+def shallow(out: Path, layers: Sequence[int] = EVEN) -> None:
+    """The embedded base with some layers of its language model."""
+    refuse_existing(out)
+    model, processor = _embedded()
+    text = model.config.text_config
+    kept = nn.ModuleList(model.model.language_model.layers[number] for number in layers)
+    for number, layer in enumerate(kept):
+        layer.self_attn.layer_idx = number
+    model.model.language_model.layers = kept
+    text.num_hidden_layers = len(kept)
+    text.layer_types = ["full_attention"] * len(kept)
+    _write(model, processor, out)
+
+
+def phi(out: Path, seed: int = 0) -> None:
+    """The embedded base with a Phi of random weights in its language model's place, whose embeddings are SmolLM2's
+    along their first principal components."""
+    from transformers import LlavaForConditionalGeneration, PhiConfig
+
+    refuse_existing(out)
+    base, processor = _embedded()
+    config = copy.deepcopy(base.config)
+    special = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config.text_config = PhiConfig(vocab_size=config.text_config.vocab_size, **PHI, **special)
+    config.tie_word_embeddings = True
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
+    embeddings = base.get_input_embeddings().weight
+    model.get_input_embeddings().weight.data.copy_(principal(embeddings.float(), PHI["hidden_size"]))
+    model.tie_weights()
+    model.generation_config = base.generation_config
+    _write(model, processor, out)
+
+
+def principal(vectors: Tensor, size: int) -> Tensor:
+    """(n, d) -> (n, size): centred, along the principal components, with a standard deviation of SPREAD."""
+    centred = vectors - vectors.mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -size:]
+    reduced = centred @ directions
+    return reduced * (SPREAD / reduced.std())
+
+
+def _embedded() -> tuple[Any, Any]:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = embedded_base()
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def _write(model: Any, processor: Any, out: Path) -> None:
+    with staged(out) as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        processor.save_pretrained(folder)
+    sys.stdout.write(f"{out}: {model.num_parameters():,} parameters\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    of_rows = parts.add_parser("rows", help="join what `maskft data` wrote into one file of conversations")
+    of_rows.add_argument("folders", nargs="+", type=Path)
+    of_rows.add_argument("--output", required=True, type=Path)
+    of_rows.add_argument("--asked", action="store_true", help="also easy-VQA's questions about its images 0 to 1999")
+    of_shallow = parts.add_parser("shallow", help="the embedded base with twelve of its language model's layers")
+    of_shallow.add_argument("output", type=Path)
+    of_shallow.add_argument("--layers", nargs="+", type=int, default=list(EVEN))
+    of_phi = parts.add_parser("phi", help="the embedded base with a small Phi of random weights")
+    of_phi.add_argument("output", type=Path)
+    given = parser.parse_args(arguments)
+    if given.part == "rows":
+        made = rows(given.folders, asked=given.asked)
+        given.output.write_text(json.dumps(made, indent=1))
+        sys.stdout.write(f"{given.output}: {len(made):,} conversations\n")
+    elif given.part == "shallow":
+        shallow(given.output, given.layers)
+    else:
+        phi(given.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The studies' small backbones: their first weights, their rows, and their recipes before the first step."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from maskft.data.easy_vqa import COLORS, INSTRUCTION
+from maskft.errors import RunError
+from maskft.preview import preview
+from maskft.recipe import load_recipe
+from maskft.vlm.load import load_skeleton
+from tests.data.helpers import llava, png
+from tests.recipes.shrunken import ROOT, shrunken_base
+
+BACKBONES = ROOT / "recipes" / "backbones"
+WIDTH = 64
+
+
+def _script() -> Any:
+    spec = importlib.util.spec_from_file_location("make_backbones", BACKBONES / "make.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = _script()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where data and models are as the recipes name them, the models from a shrunken base."""
+    folder = tmp_path_factory.mktemp("place")
+    write_data(folder / "data")
+    base = shrunken_base("tinyllava-tinyllama-1.1b", folder / "base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(make, "embedded_base", lambda: base)
+        patch.setitem(make.PHI, "hidden_size", WIDTH)
+        patch.setitem(make.PHI, "num_attention_heads", 4)
+        make.main(["rows", "data/shapes", "data/pictures", "--output", "data/backbones.json"])
+        make.main(["rows", "data/shapes", "data/pictures", "--output", "data/asked.json", "--asked"])
+        make.main(["shallow", "models/shallow-unhealed", "--layers", "1"])
+        make.main(["phi", "models/phi-untrained"])
+    return folder
+
+
+def write_data(folder: Path) -> None:
+    """What `maskft data` writes, in little: two drawn shapes, and a picture with six questions."""
+    captions = {"7": "A red circle.", "8": "A teal triangle."}
+    written = {
+        "shapes": [
+            llava("<image>\nDescribe the image briefly.", caption, id=f"easy-vqa/train/{image}", image=f"{image}.png")
+            for image, caption in captions.items()
+        ],
+        "pictures": [
+            llava(f"<image>\nIs this {n}?", "no", id=f"stamps/cat/there/{n}", image="cat.png") for n in range(6)
+        ],
+    }
+    for name, rows in written.items():
+        for row in rows:
+            png(folder / name / str(row["image"]), "red")
+        (folder / name / "train.json").write_text(json.dumps(rows))
+
+
+def turns(rows: list[dict[str, Any]], image: str) -> list[list[tuple[str, str]]]:
+    """Questions and answers of each conversation about an image."""
+    values = [[turn["value"] for turn in row["conversations"]] for row in rows if row["image"] == image]
+    return [list(zip(said[::2], said[1::2], strict=True)) for said in values]
+
+
+def test_a_conversation_has_an_image_once_and_few_turns(place: Path) -> None:
+    rows = json.loads((place / "data" / "backbones.json").read_text())
+    assert len(rows) == 3
+    assert [len(pairs) for pairs in turns(rows, "pictures/cat.png")] == [make.TURNS]
+    for row in rows:
+        says = [turn["value"] for turn in row["conversations"]]
+        assert says[0].startswith("<image>\n")
+        assert sum("<image>" in text for text in says) == 1
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(says) // 2)
+
+
+def test_questions_about_a_shape_have_the_captions_answers() -> None:
+    told = {
+        (question.split("\n")[0], answer) for seed in range(9) for question, answer in about("A blue circle.", seed)
+    }
+    assert {("Name its color.", "blue"), ("Name its form.", "circle")} < told
+    assert {("Do you see something blue?", "yes"), ("Do you see a circle?", "yes")} < told
+    others = [color for color in COLORS if (f"Do you see something {color}?", "no") in told]
+    assert others
+    assert "blue" not in others
+
+
+def about(caption: str, seed: int) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = make._about_shape(caption, make.random.Random(seed))
+    return [(question.removesuffix(INSTRUCTION), answer) for question, answer in found]
+
+
+def test_asked_rows_have_easy_vqas_questions_about_the_same_images_alone(place: Path) -> None:
+    rows = json.loads((place / "data" / "asked.json").read_text())
+    assert {row["id"] for row in rows if row["id"].endswith("/asked")} == {
+        f"easy-vqa/train/{image}/asked" for image in (7, 8)
+    }
+    known = {question.removesuffix(INSTRUCTION): answer for question, answer in make._easy_vqa_questions()[7]}
+    asked = [row for row in rows if row["id"] == "easy-vqa/train/7/asked"]
+    (pairs,) = turns(asked, "shapes/7.png")
+    assert len(pairs) == make.TURNS
+    assert [question.endswith(INSTRUCTION) for question, _ in pairs] == [True] + [False] * (make.TURNS - 1)
+    asked_of = [(question.removeprefix("<image>\n").removesuffix(INSTRUCTION), answer) for question, answer in pairs]
+    assert all(known[question] == answer for question, answer in asked_of)
+
+
+def test_shallow_has_the_chosen_layers(place: Path) -> None:
+    base = AutoModelForImageTextToText.from_pretrained(place / "base").model.language_model
+    made = AutoModelForImageTextToText.from_pretrained(place / "models" / "shallow-unhealed").model.language_model
+    assert len(made.layers) == 1
+    kept, chosen = made.layers[0].state_dict(), base.layers[1].state_dict()
+    assert kept.keys() == chosen.keys()
+    assert all(torch.equal(kept[name], chosen[name]) for name in chosen)
+    assert torch.equal(made.embed_tokens.weight, base.embed_tokens.weight)
+
+
+def test_phi_is_of_its_family_with_the_bases_tower_and_processor(place: Path) -> None:
+    folder = place / "models" / "phi-untrained"
+    base = AutoModelForImageTextToText.from_pretrained(place / "base")
+    made = AutoModelForImageTextToText.from_pretrained(folder)
+    assert made.config.text_config.model_type == "phi"
+    assert made.dtype == torch.bfloat16
+    tower, own = base.model.vision_tower.state_dict(), made.model.vision_tower.state_dict()
+    assert all(torch.equal(own[name], tower[name]) for name in tower)
+    assert made.lm_head.weight is made.get_input_embeddings().weight
+    assert made.lm_head.weight.shape == (base.get_input_embeddings().num_embeddings, WIDTH)
+    processors = [AutoProcessor.from_pretrained(path) for path in (place / "base", folder)]
+    assert processors[0].chat_template == processors[1].chat_template
+
+
+def test_principal_components_keep_what_differs_most() -> None:
+    torch.manual_seed(0)
+    plane = torch.randn(200, 2) @ torch.randn(2, 8) + 5
+    reduced = make.principal(plane, 2)
+    assert reduced.std().item() == pytest.approx(make.SPREAD)
+    distances = torch.pdist(plane)
+    assert torch.allclose(torch.pdist(reduced) / distances, (torch.pdist(reduced) / distances).mean(), rtol=1e-3)
+
+
+def test_a_folder_in_use_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "embedded_base", lambda: place / "base")
+    with pytest.raises(RunError, match="phi-untrained"):
+        make.phi(place / "models" / "phi-untrained")
+
+
+@pytest.mark.parametrize("name", ["shallow", "phi"])
+def test_dry_run(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    seen = preview(load_recipe(BACKBONES / f"{name}.yaml"), Path("runs") / name)
+    assert seen["missing"] == []
+    assert seen["train_examples"] == (3 if name == "shallow" else 5)
+    model = load_skeleton(str(place / "models" / seen["recipe"]["model"]["base"]), dtype="bfloat16")
+    vision = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" in name)
+    assert seen["trainable_parameters"] == seen["base_parameters"] - vision
