@@ -1,11 +1,12 @@
-"""Two more small backbones beside the embedded base: their first weights, and the rows they are trained on.
+"""More backbones beside the embedded base: their first weights, and the rows they are trained on.
 
     python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
     python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
     python recipes/backbones/make.py shallow models/shallow-unhealed
     python recipes/backbones/make.py phi models/phi-untrained
+    python recipes/backbones/make.py small-pictures models/small-pictures-unaligned
 
-README.md, in this folder, has all commands in their order. Both take vision encoder and processor of the embedded base.
+README.md, in this folder, has all commands in their order. All take vision encoder and processor of the embedded base.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ PHI = {
 }
 SPREAD = 0.04
 """Standard deviation of the Phi's embeddings, which are its head too: a normed state then gives logits of about 0.8."""
+
+SIDE = 56
+"""Pixels of a small picture's side: 4 x 4 patches."""
 
 Asked = tuple[str, str]
 
@@ -148,6 +152,18 @@ def phi(out: Path, seed: int = 0) -> None:
     _write(model, processor, out)
 
 
+def small_pictures(out: Path, side: int = SIDE) -> None:
+    """The embedded base with pictures of `side` x `side` pixels, a multiple of its patches'."""
+    model, processor = _embedded()
+    pictures, square = processor.image_processor, {"height": side, "width": side}
+    if pictures.size.get("shortest_edge"):  # resized by that edge, then cut to a square
+        pictures.size, pictures.crop_size = {"shortest_edge": side}, square
+    else:
+        pictures.size = square
+    model.config.image_seq_length = (side // processor.patch_size) ** 2
+    _write(model, processor, out)
+
+
 def principal(vectors: Tensor, size: int) -> Tensor:
     """(n, d) -> (n, size): centred, along the principal components, with a standard deviation of SPREAD."""
     centred = vectors - vectors.mean(0)
@@ -183,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_shallow.add_argument("--layers", nargs="+", type=int, default=list(EVEN))
     of_phi = parts.add_parser("phi", help="the embedded base with a small Phi of random weights")
     of_phi.add_argument("output", type=Path)
+    of_pictures = parts.add_parser("small-pictures", help="the embedded base with 16 tokens an image")
+    of_pictures.add_argument("output", type=Path)
     given = parser.parse_args(arguments)
     if given.part == "rows":
         made = rows(given.folders, asked=given.asked)
@@ -190,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"{given.output}: {len(made):,} conversations\n")
     elif given.part == "shallow":
         shallow(given.output, given.layers)
+    elif given.part == "small-pictures":
+        small_pictures(given.output)
     else:
         phi(given.output)
 

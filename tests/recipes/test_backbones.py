@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from maskft.data.easy_vqa import COLORS, INSTRUCTION
@@ -166,3 +167,15 @@ def test_dry_run(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     model = load_skeleton(str(place / "models" / seen["recipe"]["model"]["base"]), dtype="bfloat16")
     vision = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" in name)
     assert seen["trainable_parameters"] == seen["base_parameters"] - vision
+
+
+def test_small_pictures_have_few_tokens(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "embedded_base", lambda: place / "base")
+    make.main(["small-pictures", str(place / "small")])
+    processor, model = (
+        AutoProcessor.from_pretrained(place / "small"),
+        load_skeleton(str(place / "small"), dtype="float32"),
+    )
+    encoded = processor(text="<image>", images=Image.new("RGB", (80, 60)), return_tensors="pt")
+    assert encoded["pixel_values"].shape[-2:] == (56, 56)
+    assert (encoded["input_ids"] == processor.image_token_id).sum() == model.config.image_seq_length
