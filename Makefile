@@ -41,7 +41,7 @@ test-slow: setup
 
 # Every study at toy size; part of `make test`.
 studies-smoke: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" -n 2 --dist load tests/studies/test_smoke.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/studies/test_smoke.py
 
 # Needs Chromium from the system's packages: apt-get install chromium
 test-browser: setup

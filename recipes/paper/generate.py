@@ -27,11 +27,6 @@ GPUS = 8
 
 ALIGNMENT_ROWS, INSTRUCTION_ROWS = 558_128, 665_298
 """Of blip_laion_cc_sbu_558k.json and llava_v1_5_mix665k.json."""
-IMAGE_TOKENS = 729
-TEXT_TOKENS = 295
-"""Tokens of text in a row, assumed: with an image's, 1,024."""
-PEAK, SHARE = 312e12, 0.3
-"""FLOP/s of an A100 in bf16, and how much of that training reaches, assumed."""
 
 BENCHMARKS = ("gqa", "mmmu", "mme", "pope", "scienceqa", "textvqa")
 BEST = "POPE 88.5, MME 1470, GQA 66.5, MMMU 39.1, ScienceQA-IMG 80.4 and 78.1, TextVQA 64.2"
@@ -320,16 +315,12 @@ def _time(way: Method, plan: dict[str, Any]) -> str:
 
 
 def estimated_hours(way: Method, plan: dict[str, Any]) -> float:
-    """GPU hours of an epoch: floating-point operations over what a GPU is assumed to reach.
+    """GPU hours of an epoch, as `maskft.studies.at_scale.gpu_hours` counts them."""
+    from maskft.studies.at_scale import gpu_hours
 
-    For each token and weight of the language model 2 operations forward, 2 as the checkpointed layers are computed
-    again, 2 for the gradient of the input; 2 more for each weight whose gradient is computed. For each token of an
-    image and weight of the vision encoder 2. Attention's own products are left out.
-    """
     rows = ALIGNMENT_ROWS if way.family == "stage1" else INSTRUCTION_ROWS
     gradients = plan["trainable_parameters"] if way.dense else 0
-    language = (IMAGE_TOKENS + TEXT_TOKENS) * (6 * plan["language_weights"] + 2 * gradients)
-    return float(rows * (language + IMAGE_TOKENS * 2 * plan["vision_weights"]) / (PEAK * SHARE) / 3600)
+    return gpu_hours(rows, language=plan["language_weights"], vision=plan["vision_weights"], gradients=gradients)
 
 
 def _hours(hours: float) -> str:
@@ -374,33 +365,14 @@ def write(folder: Path = HERE, page: Path = PAGE) -> None:
 
 def planned(backbone: str, method: str) -> dict[str, Any]:
     """What one recipe takes, on the base's config alone."""
-    from maskft.plan import plan
-    from maskft.preview import preview
     from maskft.recipe import load_recipe
-    from maskft.targets import find_weights
-    from maskft.vlm.load import load_skeleton
+    from maskft.studies.at_scale import demand
 
-    base = CONFIGS / f"tinyllava-{backbone}"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(body(backbone, method), encoding="utf-8")
-        loaded = load_recipe(path, [f"model.base={base}"])
-        seen = preview(loaded, Path(folder) / "run")
-    model = load_skeleton(str(base), dtype="bfloat16")
-    weights = {"language": model.get_output_embeddings().weight.numel(), "vision": 0, "projector": 0}
-    for weight in find_weights(model):
-        weights[weight.part] += model.get_submodule(weight.name).weight.numel()
-    one = plan(loaded, alone=True).rows[0].peak.total
-    trained = seen["trainable_parameters"]
-    kept = 6 if METHODS[method].family == "mask" else 4  # gradients in fp32 and not of weights in bf16, and buckets
-    return {
-        "bytes": one,
-        "bytes_of_copies": one + kept * trained,
-        "base_parameters": seen["base_parameters"],
-        "trainable_parameters": trained,
-        "language_weights": weights["language"],
-        "vision_weights": weights["vision"],
-    }
+        found = demand(load_recipe(path, [f"model.base={CONFIGS / f'tinyllava-{backbone}'}"]))
+    return {key: number for key, number in found.items() if key != "gradients"}
 
 
 def write_plans(chosen: list[str]) -> None:

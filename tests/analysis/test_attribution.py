@@ -13,7 +13,7 @@ import torch
 from maskft.analysis import attribution
 from maskft.analysis.attribution import ANALYSES, OF_ONE
 from maskft.analysis.bound import learnt_bits, occam_bound
-from maskft.analysis.forgetting import Text, compared, forgetting, read_text, reference_text, surprise, windows
+from maskft.analysis.forgetting import Text, compared, cut, forgetting, read_text, reference_text, surprise
 from maskft.analysis.gap import at_level, common_level, gaps, read_curves, smoothed
 from maskft.errors import DataError, RunError
 from maskft.vlm.load import load_model
@@ -72,6 +72,7 @@ def test_agreement(pair: tuple[Path, Path], run: Path) -> None:
     found = ANALYSES["agreement"](list(pair))
     (one,) = found["pairs"]
     assert one["relation"] == "seed"
+    assert (found["shared"], found["by_chance"]) == (one["shared"], one["by_chance"])
     assert abs(one["deviations"]) < 5
     assert abs(one["correlation"]) < 0.1
     assert len(one["by_layer"]) == len(found["runs"][0]["distance_by_layer"]) == 2
@@ -118,8 +119,8 @@ def test_surprise_is_the_models_own_loss(pair: tuple[Path, Path]) -> None:
 
 
 def test_windows_are_spread_and_do_not_overlap() -> None:
-    assert windows(range(100), 10, 3) == [list(range(s, s + 10)) for s in (0, 30, 60)]
-    assert windows(range(29), 10, 5) == [list(range(10)), list(range(10, 20))]
+    assert cut(range(100), 10, 3) == [list(range(s, s + 10)) for s in (0, 30, 60)]
+    assert cut(range(29), 10, 5) == [list(range(10)), list(range(10, 20))]
 
 
 def test_differences_are_of_the_same_windows() -> None:
@@ -175,6 +176,9 @@ def test_probes(pair: tuple[Path, Path]) -> None:
         base, tuned = (colour["layers"][place][name] for name in ("base", "tuned"))
         assert len(base) == len(tuned) == 3
         assert all(0 <= value <= 1 for value in base + tuned)
+    means = [sum(one["layers"]["image"]["base"]) / 3 for one in found["attributes"]]
+    assert found["image_base"] == pytest.approx(sum(means) / 2)
+    assert found["majority"] == pytest.approx(sum(one["majority"] for one in found["attributes"]) / 2)
     assert colour["layers"]["image"]["base"][0] > 0.8  # the vision tower tells colours apart
 
 

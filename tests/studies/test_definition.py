@@ -11,7 +11,6 @@ import pytest
 from maskft.errors import StudyError
 from maskft.recipe import load_recipe
 from maskft.studies.definition import (
-    Parameter,
     Study,
     cells,
     grid_points,
@@ -19,6 +18,7 @@ from maskft.studies.definition import (
     tuned_parameters,
     tuning_cell,
 )
+from maskft.studies.sections import Parameter
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))

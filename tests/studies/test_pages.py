@@ -121,7 +121,7 @@ def test_axes_data_and_tuned_values_have_columns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plot", [None, "step", "rho", "gap", "drift", "training.max_steps"])
 def test_pictures(tmp_path: Path, plot: str | None) -> None:
     axis = {"training.max_steps": [1, 2]}
-    after = {"drift": [{"step": 1, "correlation": 0.5}, {"step": 2, "correlation": 1.0}]}
+    after = {"drift": {"checkpoints": [{"step": 1, "correlation": 0.5}, {"step": 2, "correlation": 1.0}]}}
     runs = [result(v, s, settings={"training.max_steps": n}, after=after) for v in "ab" for s in (0, 1) for n in (1, 2)]
     found = pages(tmp_path, runs, plot=plot, vary=axis)
     assert "![A study](s.svg)" in found["s.md"]
@@ -140,20 +140,6 @@ def test_findings_are_taken_from_their_file(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "findings.md").write_text("It is so.\n")
     assert "\nIt is so.\n" in pages(tmp_path, [result("a", 0)])["s.md"]
-
-
-def test_what_seeds_have_in_common_is_shown(tmp_path: Path) -> None:
-    (tmp_path / "s").mkdir()
-    row = {
-        "variant": "a",
-        "data": "",
-        "settings": {"x": 1},
-        "found": {"agreement": {"shared": 0.123456, "by chance": None}},
-    }
-    (tmp_path / "s" / "across.json").write_text(json.dumps([row]))
-    page = pages(tmp_path, [result("a", 0)])["s.md"]
-    assert line(page, "| runs") == ["runs", "agreement: shared", "agreement: by chance"]
-    assert line(page, "| a 1 ") == ["a 1", "0.1235", "not run"]
 
 
 def test_relative_steps() -> None:

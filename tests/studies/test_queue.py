@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from maskft.errors import MissingExtraError, StudyError
-from maskft.studies.definition import Parameter
 from maskft.studies.queue import Queue, open_queues, open_storage, storage_at, suggest
+from maskft.studies.sections import Parameter
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_a_result_says_what_was_measured_with_what(tuned: tuple[Path, Outcome]) 
     assert len(result.data_fingerprint) == len(result.base_fingerprint) == 64
     assert result.after["gates"][-1]["step"] == 2
     assert result.after["masks"][0]["gates"] > 0
-    assert result.after["drift"] == []
+    assert "has 0 checkpoint(s)" in result.after["drift"]["not_done"]
 
 
 def test_the_base_is_asked_once(tuned: tuple[Path, Outcome]) -> None:
@@ -171,7 +171,12 @@ def test_seeds_are_compared(folder: Path) -> None:
     assert [r.seed for r in outcome.results] == [0, 1]
     (row,) = json.loads((outcome.output / "across.json").read_text())
     assert row["variant"] == "soft"
-    assert 0 < row["found"]["agreement"]["by chance"] < 1
+    assert 0 < row["found"]["agreement"]["by_chance"] < 1
+    assert not any(str(folder) in str(value) for value in row["found"]["agreement"]["runs"])
+    projectors = {"projector": {"method": {"name": "projector"}}}
+    file = write_study(folder / "seeds", variants=projectors, across=["agreement"], measure={"test": "none"})
+    (row,) = json.loads((run_study(file, folder / "seeds-out").output / "across.json").read_text())
+    assert "has no mask" in row["found"]["agreement"]["not_done"]
     wrong = write_study(folder / "seeds", across=["agreements"])
     with pytest.raises(StudyError, match=r"Did you mean 'agreement'\?"):
         run_study(wrong, folder / "seeds-out2")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch._dynamo
 
+from maskft import runs
 from maskft.errors import StudyError
 from maskft.studies import process, trial
 from maskft.studies.process import Processes
@@ -45,7 +46,7 @@ def job(folder: Path, *overrides: str, **changes: Any) -> trial.Job:
         "parts": ["validation"],
         "train_questions": 0,
         "last_steps": 1,
-        "after": ["masks"],
+        "after": {"masks": {}},
         "cell": CELL,
     }
     return trial.Job.model_validate({**given, **changes})
@@ -62,6 +63,25 @@ def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert set(second.parts) == {"train", "validation", "test"}
     assert second.training.final_loss == first.training.final_loss
     assert second.overrides == ["method.memory=balanced"]
+
+
+def test_data_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = job(tmp_path, parts=["validation", "test"], train_questions=2, after={})
+    read = []
+    whole = runs._whole_data
+    monkeypatch.setattr(runs, "_whole_data", lambda recipe: read.append(recipe) or whole(recipe))
+    trial.work(given)
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize(("questions", "kept"), [(5, False), (100, True)])
+def test_all_training_questions_are_a_result_of_the_run(tmp_path: Path, questions: int, kept: bool) -> None:
+    given = job(tmp_path, parts=[], train_questions=questions, after={"bound": {"delta": 0.1}})
+    result = trial.work(given)
+    assert (tmp_path / "trial" / "run" / "answers-train.jsonl").exists() is kept
+    assert result.parts["train"].tuned.examples == min(questions, 6)
+    found = result.after["bound"]
+    assert found["delta"] == 0.1 if kept else "maskft evaluate the run" in found["not_done"]
 
 
 def test_a_part_that_is_not_there(tmp_path: Path) -> None:
@@ -106,6 +126,6 @@ def test_results_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"study": "x"}))
     with pytest.raises(StudyError, match="is not a study's result"):
         read_results(tmp_path)
-    made = trial.work(job(tmp_path / "j", parts=[], after=[]))
+    made = trial.work(job(tmp_path / "j", parts=[], after={}))
     with pytest.raises(StudyError, match="chosen by accuracy"):
         made.value("accuracy")

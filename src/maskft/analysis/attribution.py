@@ -12,6 +12,7 @@ A new one is a function and its name in OF_ONE or ANALYSES.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import combinations, pairwise
@@ -42,7 +43,7 @@ def _each(analyse: Callable[[Path], dict[str, Any]]) -> Analysis:
     return lambda runs: {"runs": [analyse(run) for run in runs]}
 
 
-def bound(run: Path, delta: float = 0.05) -> dict[str, Any]:
+def bound(run: Path, *, delta: float = 0.05) -> dict[str, Any]:
     """Occam's bound for what a run learnt, as it is saved; examples are images, each with the mean of its questions.
 
     Returns:
@@ -120,9 +121,10 @@ def agreement(runs: Sequence[Path]) -> dict[str, Any]:
     """Whether runs on one base change the same weights, pair by pair.
 
     Returns:
-        {"pairs": [{"a", "b", "relation", "shared", "by_chance", "deviations", "correlation", "by_layer"}],
-        "runs": [{"run", "distance_by_layer"}]}. "deviations" is how many standard deviations "shared" lies above
-        chance; by layer means the mean over a layer's matrices of the language model.
+        {"shared", "by_chance", "pairs": [{"a", "b", "relation", "shared", "by_chance", "deviations", "correlation",
+        "by_layer"}], "runs": [{"run", "distance_by_layer"}]}; the first two are means over the pairs, of "shared" over
+        those that have it. "deviations" is how many standard deviations "shared" lies above chance; by layer means the
+        mean over a layer's matrices of the language model.
 
     Raises:
         RunError: fewer than two runs, or one that has no mask.
@@ -134,7 +136,7 @@ def agreement(runs: Sequence[Path]) -> dict[str, Any]:
         if not isinstance(run_recipe(run).method, MaskMethod):
             raise RunError(f"{run} has no mask: its method is '{run_recipe(run).method.name}'. Leave it out.")
     masks = {run: list(saved_masks(run, sample=SAMPLE)) for run in runs}
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for a, b in combinations(runs, 2):
         found = overlap(masks[a], masks[b])
         above = None if found.shared is None else found.shared - found.by_chance
@@ -151,7 +153,10 @@ def agreement(runs: Sequence[Path]) -> dict[str, Any]:
             }
         )
     moved = {run: {mask.name: statistics(mask).distance for mask in masks[run]} for run in runs}
+    shared = [pair["shared"] for pair in pairs if pair["shared"] is not None]
     return {
+        "shared": math.fsum(shared) / len(shared) if shared else None,
+        "by_chance": math.fsum(pair["by_chance"] for pair in pairs) / len(pairs),
         "pairs": pairs,
         "runs": [{"run": str(run), "distance_by_layer": _by_layer(of)} for run, of in moved.items()],
     }
@@ -168,13 +173,13 @@ def _by_layer(values: dict[str, float | None]) -> list[float | None]:
     return [found.get(layer) for layer in range(max(found, default=-1) + 1)]
 
 
-OF_ONE: dict[str, Callable[[Path], dict[str, Any]]] = {
+OF_ONE: dict[str, Callable[..., dict[str, Any]]] = {
     "bound": bound,
     "drift": mask_drift,
     "forgetting": forgetting,
     "probes": probes,
 }
-"""Analyses of each run by itself."""
+"""Analyses of each run by itself; what they take by keyword are numbers."""
 ANALYSES: dict[str, Analysis] = {
     "agreement": agreement,
     "gap": gaps,

@@ -57,7 +57,7 @@ def read_text(path: Path) -> Text:
         raise DataError(f"the text {path} cannot be read: {error}. Give a UTF-8 text file.") from error
 
 
-def windows(tokens: Sequence[int], window: int = WINDOW, count: int = WINDOWS) -> list[list[int]]:
+def cut(tokens: Sequence[int], window: int = WINDOW, count: int = WINDOWS) -> list[list[int]]:
     """At most `count` windows of `window` tokens each, spread evenly over the text, none overlapping.
 
     Raises:
@@ -114,8 +114,13 @@ def compared(before: Sequence[float], after: Sequence[float]) -> dict[str, float
     }
 
 
-def forgetting(run: Path, text: Text | None = None) -> dict[str, Any]:
+def forgetting(run: Path, text: Text | None = None, *, windows: int = WINDOWS) -> dict[str, Any]:
     """Perplexity of a run's base and tuned language model on a text.
+
+    Args:
+        run: a finished run's folder.
+        text: default is `reference_text`.
+        windows: of WINDOW tokens, at most.
 
     Raises:
         RunError: not a finished run.
@@ -126,7 +131,7 @@ def forgetting(run: Path, text: Text | None = None) -> dict[str, Any]:
     tokenizer = loaded.processor.tokenizer
     # text that looks like a special token is no such token: an image's would ask for an image
     tokens = tokenizer(text.content, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    ids = windows(tokens)
+    ids = cut(tokens, count=windows)
     with loaded.base() as base:
         before = surprise(base, ids)
     after = surprise(loaded.model, ids)

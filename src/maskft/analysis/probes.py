@@ -7,6 +7,7 @@ example i is (H y - H_ii y)_i / (1 - H_ii).
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ PROMPT = "Describe the image briefly."
 """Asked of every image, so that nothing but the image tells the attribute."""
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))
 """Of the ridge, in units of the features' variance times the examples."""
+LOOKS = (("image", "base"), ("image", "tuned"), ("last", "base"), ("last", "tuned"))
+"""Where hidden states are taken from, and of which model."""
 LEAST = 20
 """Images an attribute needs in training and in test."""
 
@@ -148,8 +151,10 @@ def probes(run: Path, *, images: int = 300) -> dict[str, Any]:
         images: of each part at most; the first ones.
 
     Returns:
-        {"run", "attributes": [{"question", "answers", "train", "test", "majority", "layers": {place: {"base": [...],
-        "tuned": [...]}}}]}, accuracies by layer, the embeddings first.
+        {"run", "majority", "image_base", "image_tuned", "last_base", "last_tuned", "attributes": [{"question",
+        "answers", "train", "test", "majority", "layers": {place: {"base": [...], "tuned": [...]}}}]}, accuracies by
+        layer, the embeddings first. The numbers before them are means over the attributes, and of a place ("image",
+        "last") over its layers too.
 
     Raises:
         RunError: not a finished run, or its data ask nothing of enough images.
@@ -176,7 +181,7 @@ def probes(run: Path, *, images: int = 300) -> dict[str, Any]:
         stacked = features[name][part][place]
         return {image: stacked[:, i] for i, image in enumerate(shown[part])}
 
-    found = []
+    found: list[dict[str, Any]] = []
     for one in attributes:
         layers = {
             place: {
@@ -195,7 +200,13 @@ def probes(run: Path, *, images: int = 300) -> dict[str, Any]:
                 "layers": layers,
             }
         )
-    return {"run": str(run), "attributes": found}
+    means = {f"{place}_{name}": _mean(_mean(one["layers"][place][name]) for one in found) for place, name in LOOKS}
+    return {"run": str(run), "majority": _mean(one["majority"] for one in found), **means, "attributes": found}
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = list(values)
+    return math.fsum(known) / len(known)
 
 
 def _row(image: Mapping[str, Any]) -> dict[str, Any]:

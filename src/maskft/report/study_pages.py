@@ -14,7 +14,6 @@ import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +22,21 @@ from markupsafe import Markup, escape
 from maskft.evaluation.resampling import bootstrap_interval
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.report.charts import WIDTH, intervals, line_chart, line_style
+from maskft.report.study_found import at_paper_scale, between_seeds, found_in_runs
+from maskft.report.study_rows import NOT_RUN, Row, rows, shown, table
 from maskft.runs import write_atomically
-from maskft.studies.definition import Cell, Study, cells, load_study
+from maskft.studies.at_scale import PLAN
+from maskft.studies.definition import Study, load_study
 from maskft.studies.results import Part, Result, read_results
-
-NOT_RUN = "not run"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a table: one variant on one data set with one set of axis values, over its seeds.
-
-    Attributes:
-        cell: the first of its cells.
-        seeds: how many the study asks for.
-        results: those that are there.
-    """
-
-    cell: Cell
-    seeds: int
-    results: list[Result]
-
-    @property
-    def name(self) -> str:
-        """Short, without the seed."""
-        settings = " ".join(_value(value) for value in self.cell.settings.values())
-        return " ".join(filter(None, (self.cell.variant, self.cell.data, settings)))
-
-    def parts(self, name: str) -> list[Part]:
-        """A part's answers, of the runs that answered it."""
-        return [result.parts[name] for result in self.results if name in result.parts]
-
-
-def rows(study: Study, results: Sequence[Result]) -> list[Row]:
-    """Every line that the study asks for, with its results."""
-    found: dict[str, Row] = {}
-    for cell in cells(study, {}):
-        own = [r for r in results if r.stage == "run" and r.seed in study.seeds and _same_line(r, cell)]
-        found.setdefault(json.dumps([cell.group, cell.settings]), Row(cell, len(study.seeds), own))
-    return list(found.values())
 
 
 def page(
-    name: str, study: Study, results: Sequence[Result], findings: str, across: Sequence[Mapping[str, Any]] = ()
+    name: str,
+    study: Study,
+    results: Sequence[Result],
+    findings: str,
+    across: Sequence[Mapping[str, Any]] = (),
+    plan: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as Markdown.
 
@@ -73,6 +44,7 @@ def page(
         name: of the study's file.
         findings: in words.
         across: content of across.json.
+        plan: content of plan.json.
     """
     lines = [f"# {study.title}", "", *_paragraphs(study.question)]
     found = rows(study, results)
@@ -82,7 +54,8 @@ def page(
     if picture(study, found):
         lines += [f"![{study.title}]({name}.svg)", ""]
     if across:
-        lines += ["## Between seeds", "", *_between(across), ""]
+        lines += ["## Between seeds", "", *between_seeds(across), ""]
+    lines += found_in_runs(study, found)
     lines += ["## How it was made", "", "```", f"maskft study studies/{name}.yaml", "```", ""]
     made = [result for result in results if result.stage == "run"]
     if made:
@@ -90,8 +63,9 @@ def page(
     missing = sum(row.seeds - len(row.results) for row in found)
     if missing:
         lines += [f"Not run yet: {missing} of {sum(row.seeds for row in found)} runs.", ""]
-    if study.paper_scale:
+    if study.paper_scale or plan:
         lines += ["## At the size of a paper", "", *_paragraphs(study.paper_scale)]
+        lines += at_paper_scale(plan) if plan else []
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -106,7 +80,7 @@ def picture(study: Study, found: Sequence[Row]) -> str:
         series = {name: _mean_curve(curves) for name, curves in logs.items()}
         x, y = "step", "training loss"
     elif kind == "drift":
-        kept = {row.name: [_points(r.after.get("drift", []), "correlation") for r in row.results] for row in found}
+        kept = {row.name: [_points(_checkpoints(r), "correlation") for r in row.results] for row in found}
         series = {name: line for name, curves in kept.items() if curves and (line := _mean_curve(curves))}
         x, y = "step", "correlation with the last mask"
     elif kind == "gap":
@@ -178,54 +152,54 @@ def made(file: Path, out: Path) -> dict[Path, str]:
     results = read_results(folder / "results")
     findings = folder / "findings.md"
     said = findings.read_text(encoding="utf-8") if findings.is_file() else ""
-    compared = folder / "across.json"
-    across = json.loads(compared.read_text(encoding="utf-8")) if compared.is_file() else []
-    content = {out / f"{file.stem}.md": page(file.stem, study, results, said, across)}
+    across, plan = (_read(folder / name) for name in ("across.json", PLAN))
+    content = {out / f"{file.stem}.md": page(file.stem, study, results, said, across or [], plan)}
     if drawn := picture(study, rows(study, results)):
         content[out / f"{file.stem}.svg"] = drawn
     return content
 
 
-def _same_line(result: Result, cell: Cell) -> bool:
-    return (result.variant, result.data, result.settings) == (cell.variant, cell.data, cell.settings)
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _table(study: Study, found: Sequence[Row]) -> list[str]:
     axes = list(study.vary)
-    shown = [part for part in ("train", "validation", "test") if any(row.parts(part) for row in found)]
+    answered = [part for part in ("train", "validation", "test") if any(row.parts(part) for row in found)]
     head = ["variant", *(["data"] if study.data else []), *(key.rpartition(".")[2] for key in axes)]
     tuned = sorted({key for row in found for result in row.results for key in result.tuned})
-    measured = [*(key.rpartition(".")[2] for key in tuned), *shown, "final loss", "trained", "step", "memory", "runs"]
-    lines = [f"| {' | '.join([*head, *measured])} |", "|" + "---|" * len([*head, *measured])]
+    measured = [
+        *(key.rpartition(".")[2] for key in tuned),
+        *answered,
+        "final loss",
+        "trained",
+        "step",
+        "memory",
+        "runs",
+    ]
+    lines = []
     for row in found:
         cell = row.cell
         own = [
             cell.variant,
             *([cell.data] if study.data else []),
-            *(_value(cell.settings.get(key, "")) for key in axes),
+            *(shown(cell.settings.get(key, "")) for key in axes),
         ]
         if row.results:
-            told = [*(_tuned(row, key) for key in tuned), *(_accuracy(row.parts(part)) for part in shown), *_costs(row)]
+            told = [
+                *(_tuned(row, key) for key in tuned),
+                *(_accuracy(row.parts(part)) for part in answered),
+                *_costs(row),
+            ]
         else:
             told = [NOT_RUN] * (len(measured) - 1) + [f"0 of {row.seeds}"]
-        lines.append(f"| {' | '.join([*own, *told])} |")
+        lines.append([*own, *told])
     note = "Accuracy: mean over runs, in brackets its 95 % interval"
-    return [*lines, "", f"{note}, from resampling runs and questions; with one run, of its questions."]
-
-
-def _between(across: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What runs that differ in their seeds have in common, a line for each variant, data set and axis values."""
-    columns = list(
-        dict.fromkeys((name, key) for row in across for name, found in row["found"].items() for key in found)
-    )
-    head = ["runs", *(f"{name}: {key}" for name, key in columns)]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in across:
-        settings = (_value(value) for value in row["settings"].values())
-        values = (row["found"].get(name, {}).get(key) for name, key in columns)
-        told = (NOT_RUN if value is None else f"{value:.4g}" for value in values)
-        lines.append(f"| {' '.join(filter(None, (row['variant'], row['data'], *settings)))} | {' | '.join(told)} |")
-    return lines
+    return [
+        *table([*head, *measured], lines),
+        "",
+        f"{note}, from resampling runs and questions; with one run, of its questions.",
+    ]
 
 
 def _costs(row: Row) -> list[str]:
@@ -265,7 +239,7 @@ def _accuracy(parts: Sequence[Part]) -> str:
 
 
 def _tuned(row: Row, key: str) -> str:
-    values = sorted({_value(result.tuned[key]) for result in row.results if key in result.tuned})
+    values = sorted({shown(result.tuned[key]) for result in row.results if key in result.tuned})
     return ", ".join(values)
 
 
@@ -296,6 +270,12 @@ def _record(made: Sequence[Result], tuning: Sequence[Result]) -> list[str]:
 def _points(entries: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """Values by step of the entries that have the key."""
     return {entry["step"]: entry[key] for entry in entries if entry.get(key) is not None and "step" in entry}
+
+
+def _checkpoints(result: Result) -> list[dict[str, Any]]:
+    """What the analysis drift says of each checkpoint."""
+    found: list[dict[str, Any]] = result.after.get("drift", {}).get("checkpoints", [])
+    return found
 
 
 def _mean_curve(curves: Sequence[Mapping[int, float]]) -> list[tuple[float, float]]:
@@ -330,12 +310,6 @@ def _standalone(chart: Markup, names: Sequence[str]) -> str:
 
 def _paragraphs(text: str) -> list[str]:
     return [text.strip(), ""] if text.strip() else []
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(_value, value)) if isinstance(value, list) else str(value)
 
 
 def main(arguments: Sequence[str]) -> None:

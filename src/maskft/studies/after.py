@@ -1,42 +1,37 @@
-"""Analyses of a finished run that a study can ask for by name, under `after`.
+"""Analyses of a finished run that a study can ask for by name, under `after`, with settings of their own.
 
-An analysis takes the run's folder and returns what JSON can hold; it ends up in the result's `after`. Those under
-`across` take the folders of runs that differ in their seeds; what they find ends up in across.json. To add one, write
-the function and give it a name in `ANALYSES` or `ACROSS`.
+An analysis takes the run's folder, and numbers by name as its settings; it returns what JSON can hold, which ends up in
+the result's `after`. A study's page shows the numbers of an object. Those under `across` take the folders of runs that
+differ in their seeds; what they find ends up in across.json. To add one, write the function and give it a name in
+`ANALYSES` or `ACROSS`.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskft.analysis import by_place, checkpoints, drift, overlap, saved_masks, statistics
-from maskft.analysis.attribution import OF_ONE
-from maskft.errors import StudyError, did_you_mean
+from maskft.analysis import by_place, saved_masks, statistics
+from maskft.analysis.attribution import OF_ONE, agreement
+from maskft.errors import StudyError, UserError, did_you_mean
 from maskft.studies.definition import Cell
+from maskft.studies.sections import Settings
 
-Analysis = Callable[[Path], Any]
-Comparison = Callable[[Sequence[Path]], dict[str, float | None]]
+Comparison = Callable[[Sequence[Path]], dict[str, Any]]
 SAMPLE = 4096
 """Gates of each matrix that are looked at."""
+NOT_DONE = "not_done"
+"""The key under which it is said why an analysis could not be made."""
 
 
 def masks(run: Path) -> list[dict[str, Any]]:
     """Statistics of the mask by layer and module, from a sample of its gates."""
     places = by_place({mask.name: statistics(mask) for mask in saved_masks(run, sample=SAMPLE)})
     return [{**asdict(place), **asdict(found)} for place, found in places.items()]
-
-
-def mask_drift(run: Path) -> list[dict[str, Any]]:
-    """How far the mask was at each checkpoint that was kept, and at the end."""
-    kept = checkpoints(run)
-    last = max(kept, default=0) + 1
-    return [asdict(step) for step in drift({**kept, last: run})] if kept else []
 
 
 def gate_records(run: Path) -> list[dict[str, Any]]:
@@ -46,18 +41,7 @@ def gate_records(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def agreement(runs: Sequence[Path]) -> dict[str, float | None]:
-    """Whether masks of two runs change the same weights: the mean over pairs of runs, and what chance would give."""
-    masks = [list(saved_masks(run, sample=SAMPLE)) for run in runs]
-    pairs = [overlap(first, second) for first, second in combinations(masks, 2)]
-    shared = [pair.shared for pair in pairs if pair.shared is not None]
-    return {
-        "shared": math.fsum(shared) / len(shared) if shared else None,
-        "by chance": math.fsum(pair.by_chance for pair in pairs) / len(pairs),
-    }
-
-
-ANALYSES: dict[str, Analysis] = {**OF_ONE, "masks": masks, "drift": mask_drift, "gates": gate_records}
+ANALYSES: dict[str, Callable[..., Any]] = {**OF_ONE, "masks": masks, "gates": gate_records}
 
 
 ACROSS: dict[str, Comparison] = {"agreement": agreement}
@@ -74,6 +58,33 @@ def named(names: Iterable[str], known: Mapping[str, Found]) -> dict[str, Found]:
         if name not in known:
             raise StudyError(f"there is no analysis '{name}'.{did_you_mean(name, known)} Allowed: {', '.join(known)}.")
     return {name: known[name] for name in names}
+
+
+def check_after(after: Mapping[str, Settings]) -> None:
+    """Raise StudyError where there is no analysis of a name, or a setting is none of its own or no positive number."""
+    for name, analyse in named(after, ANALYSES).items():
+        given = inspect.signature(analyse).parameters.values()
+        known = {one.name: type(one.default) for one in given if one.kind is inspect.Parameter.KEYWORD_ONLY}
+        for key, value in after[name].items():
+            if key not in known:
+                allowed = f"Allowed: {', '.join(known)}." if known else "It has none."
+                raise StudyError(f"the analysis {name} has no setting '{key}'.{did_you_mean(key, known)} {allowed}")
+            kinds = int if known[key] is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+                what = "whole number" if kinds is int else "number"
+                raise StudyError(f"after.{name}.{key} is {value!r}; it must be a {what} above 0.")
+
+
+def analysed(run: Path, after: Mapping[str, Settings], say: Callable[[str], None]) -> dict[str, Any]:
+    """What the analyses find in a run; {"not_done": why} of one that cannot be made, which is also said."""
+    found: dict[str, Any] = {}
+    for name, analyse in named(after, ANALYSES).items():
+        try:
+            found[name] = analyse(run, **after[name])
+        except UserError as error:
+            say(f"{name} was not done: {error}")
+            found[name] = {NOT_DONE: str(error).replace(str(run), "the run")}
+    return found
 
 
 def compare_seeds(
@@ -94,5 +105,12 @@ def compare_seeds(
         if len(runs) < 2 or not all((run / "metrics.json").is_file() for run in runs):
             continue
         entry = {"variant": same[0].variant, "data": same[0].data, "settings": same[0].settings}
-        found.append({**entry, "found": {name: compare(runs) for name, compare in chosen.items()}})
+        found.append({**entry, "found": {name: _compared(compare, runs) for name, compare in chosen.items()}})
     return found
+
+
+def _compared(compare: Comparison, runs: Sequence[Path]) -> dict[str, Any]:
+    try:
+        return compare(runs)
+    except UserError as error:
+        return {NOT_DONE: str(error)}

@@ -9,114 +9,32 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from maskft.errors import StudyError, did_you_mean, gathered
+from maskft.studies.sections import Axis, Measure, Paper, Parameter, Parameters, Settings, Tune, listed
 from maskft.yamlfile import read_yaml
 
-Settings = dict[str, Any]
-"""Values by dotted key of a recipe."""
 SEED = "training.seed"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+def _by_name(value: Any) -> Any:
+    return {key: {} for key in map(str, value)} if isinstance(value, list) else value
 
 
-def _listed(value: Any) -> Any:
-    return {"values": value} if isinstance(value, list) else value
+def _or_none(value: Any) -> Any:
+    return {} if value is None else value
 
 
-class Axis(_Section):
-    """Values of a key, for all variants or some; a plain list in the file means all."""
-
-    values: Annotated[list[Any], Field(min_length=1)]
-    variants: list[str] | None = None
-
-
-class Parameter(_Section):
-    """What a tuned key may be: a list of values, or a range; a plain list in the file means values."""
-
-    values: Annotated[list[Any], Field(min_length=1)] | None = None
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Parameter:
-        ranged = self.low is not None and self.high is not None
-        if ranged == (self.values is not None) or (self.low is None) != (self.high is None):
-            raise ValueError("give a list of values, or low and high")
-        if (
-            self.low is not None
-            and self.high is not None
-            and not (self.low < self.high and (self.low > 0 or not self.log))
-        ):
-            raise ValueError("low must be below high, and above 0 with log")
-        return self
-
-    def points(self, count: int) -> list[Any]:
-        """The values, or `count` points of the range with equal steps (equal factors with log), ends included."""
-        if self.values is not None:
-            return list(self.values)
-        assert self.low is not None
-        assert self.high is not None
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        spaced = [low + (high - low) * n / (count - 1) for n in range(count)] if count > 1 else [(low + high) / 2]
-        rounded = (float(f"{math.exp(point) if self.log else point:.4g}") for point in spaced)
-        return [min(max(point, self.low), self.high) for point in rounded]
-
-
-Parameters = dict[str, Annotated[Parameter, BeforeValidator(_listed)]]
-
-
-class Tune(_Section):
-    """The first stage: for each variant and data set, trials that are chosen from on the validation part."""
-
-    parameters: Parameters
-    by_variant: dict[str, Parameters] = {}
-    """In place of `parameters` for a variant; {} leaves it as it is."""
-    trials: Annotated[int, Field(gt=0)] = 4
-    """For each variant and data set."""
-    sampler: Literal["grid", "random", "tpe"] = "grid"
-    pruner: Literal["none", "median"] = "none"
-    """median stops a trial whose training loss is above the median of the earlier ones at the same step."""
-    seed: int = 0
-    data: str | None = None
-    """Tune on this data set alone; what is chosen there serves all of them."""
-    overrides: Settings = {}
-    """Of tuning alone, for example fewer steps."""
-
-
-class Measure(_Section):
-    """What is measured of a run, and what runs are chosen by."""
-
-    choose: Literal["accuracy", "loss"] = "accuracy"
-    """accuracy on the validation part, or the training loss of the last steps."""
-    validation: bool = True
-    test: Literal["all", "chosen", "none"] = "all"
-    """Which runs answer the test part: all that were not for tuning, or of each variant and data set those with the
-    axis values that are best on average over the seeds."""
-    train_questions: Annotated[int, Field(ge=0)] = 0
-    """So many training questions are answered too."""
-    last_steps: Annotated[int, Field(gt=0)] = 50
-    """The final loss is the mean over so many steps."""
-
-    @model_validator(mode="after")
-    def _can_choose(self) -> Measure:
-        if self.test == "chosen" and self.choose == "accuracy" and not self.validation:
-            raise ValueError("what is tested is chosen by accuracy on validation, so validation cannot be false")
-        return self
-
-
-class Study(_Section):
+class Study(BaseModel):
     """What varies between runs, and what is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     question: str = ""
@@ -127,12 +45,13 @@ class Study(_Section):
     environment: dict[str, dict[str, str]] = {}
     """Environment variables of a variant's processes."""
     data: dict[str, Settings] = {}
-    vary: dict[str, Annotated[Axis, BeforeValidator(_listed)]] = {}
+    vary: dict[str, Annotated[Axis, BeforeValidator(listed)]] = {}
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     tune: Tune | None = None
     measure: Measure = Measure()
-    after: list[str] = []
-    """Analyses of each finished run, by their names in maskft.studies.after."""
+    after: Annotated[dict[str, Annotated[Settings, BeforeValidator(_or_none)]], BeforeValidator(_by_name)] = {}
+    """Analyses of each finished run, by their names in maskft.studies.after, with their settings; a plain list in the
+    file leaves all settings as they are."""
     across: list[str] = []
     """Analyses of runs that differ in their seeds, likewise."""
     keep_weights: bool = True
@@ -142,12 +61,14 @@ class Study(_Section):
     accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation with the last
     one, against steps. Default: accuracy with its intervals."""
     toy: Settings = {}
+    paper: Paper | None = None
     paper_scale: str = ""
     """What the study takes at the size of a paper, in words."""
 
     @model_validator(mode="after")
     def _names_exist(self) -> Study:
         named = [*self.environment, *(self.tune.by_variant if self.tune else ())]
+        named += self.paper.epochs if self.paper and isinstance(self.paper.epochs, dict) else ()
         for key, axis in self.vary.items():
             named += axis.variants or []
             if key == SEED:
@@ -223,7 +144,11 @@ def load_study(path: Path) -> Study:
         study = Study.model_validate(content)
     except ValidationError as error:
         raise StudyError(f"{path}:\n{gathered([_explain(e) for e in error.errors()])}") from error
-    return study.model_copy(update={"recipe": (path.parent / study.recipe).resolve()})
+    found: dict[str, Any] = {"recipe": (path.parent / study.recipe).resolve()}
+    if (paper := study.paper) is not None:
+        config = paper.config and (path.parent / paper.config).resolve()
+        found["paper"] = paper.model_copy(update={"recipe": (path.parent / paper.recipe).resolve(), "config": config})
+    return study.model_copy(update=found)
 
 
 def cells(study: Study, tuned: Mapping[tuple[str, str], Settings], *, toy: bool = False) -> list[Cell]:
@@ -334,6 +259,7 @@ def _explain(error: Any) -> str:
         sections: dict[str, type[BaseModel]] = {
             "tune": Tune,
             "measure": Measure,
+            "paper": Paper,
             "vary": Axis,
             "parameters": Parameter,
             "by_variant": Parameter,

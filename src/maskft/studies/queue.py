@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from maskft.errors import MissingExtraError, StudyError, UserError
-from maskft.studies.definition import Parameters
+from maskft.studies.sections import Parameters
 
 if TYPE_CHECKING:
     import optuna

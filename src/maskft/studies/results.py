@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from maskft.errors import StudyError
 from maskft.runs import write_json
-from maskft.studies.definition import Cell, Settings
+from maskft.studies.definition import Cell
+from maskft.studies.sections import Settings
 
 
 class _Record(BaseModel):

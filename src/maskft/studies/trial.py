@@ -44,6 +44,7 @@ class Job(BaseModel):
         folder: the trial's; the run is in run/.
         shared: folder of what all trials of the study on this machine use: answers of the base, fingerprints.
         parts: of the data, to be answered.
+        after: settings of analyses, by name.
         cell: fields of `Result` that say which run it is.
     """
 
@@ -56,7 +57,7 @@ class Job(BaseModel):
     parts: list[Literal["validation", "test"]]
     train_questions: int
     last_steps: int
-    after: list[str]
+    after: dict[str, dict[str, Any]]
     cell: dict[str, Any]
 
 
@@ -69,7 +70,7 @@ def work(job: Job) -> Result:
     """
     import torch
 
-    from maskft.studies.after import ANALYSES, named
+    from maskft.studies.after import analysed
     from maskft.training import LOG, train
 
     started = time.monotonic()
@@ -82,7 +83,7 @@ def work(job: Job) -> Result:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         parts = _answered(job, run, data)
-        after = {name: analyse(run) for name, analyse in named(job.after, ANALYSES).items()}
+        after = portable(analysed(run, job.after, _say))
     log = json.loads((run / LOG).read_text(encoding="utf-8")) if (run / LOG).is_file() else []
     made = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     result = Result(

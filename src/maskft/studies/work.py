@@ -16,10 +16,9 @@ from maskft.errors import StudyError
 from maskft.guard import CHECKPOINTS
 from maskft.recipe import Recipe, load_recipe
 from maskft.runs import write_json
-from maskft.studies.after import ACROSS, ANALYSES, compare_seeds, named
+from maskft.studies.after import ACROSS, check_after, compare_seeds, named
 from maskft.studies.definition import (
     Cell,
-    Settings,
     Study,
     cells,
     grid_points,
@@ -31,8 +30,9 @@ from maskft.studies.definition import (
 from maskft.studies.process import POLL, Processes, last_words, terminable
 from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, storage_at, suggest
 from maskft.studies.results import Result, chosen_settings, identity, result_name, write_result
+from maskft.studies.sections import Settings
 from maskft.studies.toy import toy_base
-from maskft.studies.trial import OUTPUT, PAUSED, Job
+from maskft.studies.trial import OUTPUT, PAUSED, Job, portable
 from maskft.studies.trial import RESULT as RESULT_FILE
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Worker:
 
     def check(self) -> None:
         """Load the recipes of one seed and find the analyses, so that a mistake is told before the first run."""
-        named(self.study.after, ANALYSES)
+        check_after(self.study.after)
         named(self.study.across, ACROSS)
         for cell in cells(self.study, {}, toy=self.toy):
             if cell.seed == self.study.seeds[0]:
@@ -160,7 +160,7 @@ class Worker:
         first = self._stage("runs", todo, parts + (["test"] if measure.test == "all" else []), progress)
         if self.study.across:
             runs = compare_seeds(todo.values(), lambda cell: self._folder(cell) / "run", self.study.across)
-            write_json(self.output / "across.json", runs)
+            write_json(self.output / "across.json", portable(runs))
         if measure.test != "chosen":
             return first
         best = chosen_settings(first, measure.choose)
@@ -226,7 +226,7 @@ class Worker:
             parts=[part for part in ("validation", "test") if part in parts],
             train_questions=0 if tuning else measure.train_questions,
             last_steps=measure.last_steps,
-            after=[] if tuning else self.study.after,
+            after={} if tuning else self.study.after,
             cell={
                 "study": self.name,
                 "stage": cell.stage,
