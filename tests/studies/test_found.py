@@ -51,9 +51,11 @@ def test_what_seeds_have_in_common_is_shown(tmp_path: Path) -> None:
     entries = [
         {"variant": "a", "data": "", "settings": {"x": 1}, "found": {"agreement": alike}},
         {"variant": "b", "data": "", "settings": {"x": 1}, "found": {"agreement": {"shared": None, "by_chance": 0.1}}},
+        {"variant": "c", "data": "", "settings": {}, "found": {"agreement": {"not_done": "a run has no mask."}}},
     ]
     (tmp_path / "s" / "across.json").write_text(json.dumps(entries))
     page = pages(tmp_path, [result("a", 0)])["s.md"]
     assert line(page, "| runs") == ["runs", "agreement: shared", "agreement: by chance"]
     assert line(page, "| a 1 ") == ["a 1", "0.1235", "0.1"]
     assert line(page, "| b 1 ") == ["b 1", "not run", "0.1"]
+    assert "\nNot done in 1 lines: a run has no mask.\n" in page

@@ -43,7 +43,9 @@ def between_seeds(across: Sequence[Mapping[str, Any]]) -> list[str]:
         values = (own.get(name, {}).get(key) for name, key in columns)
         name = " ".join(filter(None, (row["variant"], row["data"], *settings)))
         lines.append([name, *(NOT_RUN if value is None else f"{value:.4g}" for value in values)])
-    return table(["runs", *(f"{name}: {_words(key)}" for name, key in columns)], lines)
+    reasons = Counter(found[NOT_DONE] for row in across for found in row["found"].values() if NOT_DONE in found)
+    said = [f"Not done in {count} lines: {why}" for why, count in reasons.items()]
+    return [*table(["runs", *(f"{name}: {_words(key)}" for name, key in columns)], lines), "", *said]
 
 
 def at_paper_scale(plan: Mapping[str, Any]) -> list[str]:

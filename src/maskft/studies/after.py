@@ -113,4 +113,7 @@ def _compared(compare: Comparison, runs: Sequence[Path]) -> dict[str, Any]:
     try:
         return compare(runs)
     except UserError as error:
-        return {NOT_DONE: str(error)}
+        said = str(error)
+        for run in runs:
+            said = said.replace(str(run), "a run")
+        return {NOT_DONE: said}
