@@ -18,16 +18,7 @@ from maskft.errors import StudyError
 from maskft.methods import FullMethod, HiraMethod, MaskMethod, Method, ProjectorMethod, is_fixed
 from maskft.recipe import Recipe, load_recipe
 from maskft.runs import write_json
-from maskft.studies.definition import (
-    Cell,
-    Study,
-    as_overrides,
-    cells,
-    groups,
-    load_study,
-    tuned_parameters,
-    tuning_cell,
-)
+from maskft.studies.definition import Cell, Study, as_overrides, cells, load_study, tuned_groups, tuning_cell
 from maskft.studies.sections import Paper, Settings
 
 IMAGE_TOKENS = 729
@@ -114,8 +105,7 @@ def plan_study(study: Study) -> dict[str, Any]:
     if paper is None:
         raise StudyError(f"the study '{study.title}' has no section paper, so there is nothing to plan. Add one.")
     variants = {variant: _planned(study, paper, variant) for variant in study.variants}
-    tuning = [group for group in groups(study) if tuned_parameters(study, group[0])] if study.tune else []
-    trials = [tuning_cell(study, group, {}) for group in tuning] * (study.tune.trials if study.tune else 0)
+    trials = [tuning_cell(study, group, {}) for group in tuned_groups(study)] * (study.tune.trials if study.tune else 0)
     runs = cells(study, {})
     each = {variant: one["hours"] if one else 0.0 for variant, one in variants.items()}
     hours = sum(each[cell.variant] * _share_of_run(study, cell) for cell in [*runs, *trials])
@@ -162,7 +152,8 @@ def paper_recipe(study: Study, paper: Paper, variant: str) -> Recipe:
 
 
 def _of_method(key: str) -> bool:
-    return key.partition(".")[0] in ("model", "method")
+    """Whether a setting belongs to the model or method, and not to the learning rate, which the recipe has."""
+    return key.partition(".")[0] in ("model", "method") and key != "method.relative_step"
 
 
 def _share_of_run(study: Study, cell: Cell) -> float:

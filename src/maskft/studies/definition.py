@@ -173,6 +173,14 @@ def groups(study: Study) -> list[tuple[str, str]]:
     return list(itertools.product(study.variants, study.data or [""]))
 
 
+def tuned_groups(study: Study) -> list[tuple[str, str]]:
+    """Those that have trials of tuning, one data set after the other."""
+    found = [group for group in groups(study) if tuned_parameters(study, group[0])]
+    only = study.tune.data if study.tune else None
+    data = list(study.data or [""])
+    return sorted((g for g in found if only in (None, g[1])), key=lambda group: data.index(group[1]))
+
+
 def tuning_cell(study: Study, group: tuple[str, str], tried: Settings, *, toy: bool = False) -> Cell:
     """The run that tries these values: first values of the axes, the seed of tuning."""
     assert study.tune is not None

@@ -22,8 +22,8 @@ from maskft.studies.definition import (
     Study,
     cells,
     grid_points,
-    groups,
     load_study,
+    tuned_groups,
     tuned_parameters,
     tuning_cell,
 )
@@ -98,12 +98,9 @@ class Worker:
             raise StudyError(f"the run {cell.name} cannot be made. {error}") from error
 
     def _tuned_groups(self) -> list[tuple[str, str]]:
-        wanted = {cell.group for cell in cells(self.study, {}, toy=self.toy)}
-        if self.study.tune is not None and (only := self.study.tune.data) is not None:
-            wanted = {(variant, only) for variant, _ in wanted}
-        found = [group for group in groups(self.study) if group in wanted and tuned_parameters(self.study, group[0])]
-        data = list(self.study.data or [""])
-        return found[:1] if self.toy else sorted(found, key=lambda group: data.index(group[1]))
+        wanted = {cell.variant for cell in cells(self.study, {}, toy=self.toy)}
+        found = [group for group in tuned_groups(self.study) if group[0] in wanted]
+        return found[:1] if self.toy else found
 
     def tune(self, progress: Progress) -> dict[tuple[str, str], Settings]:
         """The first stage: the best values of each variant on each data set."""
