@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from maskft import gates
 from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK, TopKGlobal, global_cut
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -300,3 +301,21 @@ class TestGlobalRanking:
     def test_derivative_is_the_sign_of_the_score(self) -> None:
         gate = TopKGlobal(torch.tensor(1.0), 0, magnitude_start=False)
         assert gate.derivative(torch.tensor([-3.0, 0.0, 2.0]), torch.ones(3)).tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["normal", "sizes", "ties", "zeros", "one", "extremes"])
+def test_the_fast_selection_finds_what_torch_finds(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 500, generator=generator)
+    values = {
+        "normal": values,
+        "sizes": values.abs(),
+        "ties": (values * 2).round(),
+        "zeros": torch.zeros(2, 9),
+        "one": values[:, :1],
+        "extremes": torch.tensor([[-float("inf"), float("inf"), -1e-45, 1e-45, -0.0, 0.0, 3e38, -3e38]]),
+    }[kind]
+    for k in range(1, values.shape[-1] + 1, 7):
+        expected = values.kthvalue(k, dim=-1, keepdim=True).values
+        assert torch.equal(gates._kth_smallest(values, k), expected)
+        assert torch.equal(gates._kth_smallest(values[0], k), expected[0])

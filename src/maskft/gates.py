@@ -203,7 +203,7 @@ def global_cut(sizes: Sequence[Tensor], keep_ratio: float) -> tuple[Tensor, list
     everything = torch.cat([size.flatten() for size in sizes])
     n = everything.numel()
     keep = round(keep_ratio * n)
-    cut = everything.kthvalue(n - keep + 1).values if keep else everything.new_tensor(math.inf)
+    cut = _kth_smallest(everything, n - keep + 1)[0] if keep else everything.new_tensor(math.inf)
     room = keep - int((everything > cut).sum())
     ties = []
     for size in sizes:
@@ -253,7 +253,7 @@ def largest(values: Tensor, keep: int) -> Tensor:
         return torch.zeros_like(values, dtype=torch.bool)
     if keep >= n:
         return torch.ones_like(values, dtype=torch.bool)
-    cut = values.kthvalue(n - keep + 1, dim=-1, keepdim=True).values
+    cut = _kth_smallest(values, n - keep + 1)
     above = values > cut
     return above | _first(values == cut, keep - above.sum(-1, keepdim=True))
 
@@ -263,6 +263,35 @@ def _above(values: Tensor, cut: Tensor, ties: int) -> Tensor:
     return (values > cut) | _first(values == cut, ties)
 
 
+def _kth_smallest(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest entry of each row, (..., n) -> (..., 1)."""
+    if not _is_at_hand(values) or values.dtype != torch.float32:
+        return values.kthvalue(k, dim=-1, keepdim=True).values
+    found = [_select(row, k) for row in values.reshape(-1, values.shape[-1])]
+    return torch.stack(found).view(*values.shape[:-1], 1)
+
+
+def _select(row: Tensor, k: int) -> Tensor:
+    """The k-th smallest of n float32 numbers, on a CPU in a fraction of torch.kthvalue's time.
+
+    Read as integers, with the order of negative ones turned round, numbers are in the same order; so the upper halves
+    are counted, and the number is looked for among those that share its own.
+    """
+    bits = row.view(torch.int32)
+    upper = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16) + 0x8000
+    counts = torch.bincount(upper, minlength=1 << 16)
+    up_to = counts.cumsum(0)
+    own = int(torch.searchsorted(up_to, k))
+    return row[upper == own].kthvalue(k - int(up_to[own] - counts[own])).values
+
+
+def _is_at_hand(values: Tensor) -> bool:
+    """Whether values can be looked at for nothing: in this process's memory, and not only traced."""
+    return type(values) is Tensor and values.device.type == "cpu"
+
+
 def _first(flags: Tensor, count: Tensor | int) -> Tensor:
     """Keep the first `count` True entries of each row."""
+    if _is_at_hand(flags) and bool((flags.sum(-1, keepdim=True) <= count).all()):  # seldom are there ties
+        return flags
     return flags & (flags.cumsum(-1) <= count)
