@@ -277,7 +277,7 @@ def _select(row: Tensor, k: int) -> Tensor:
     Read as integers, with the order of negative ones turned round, numbers are in the same order; so the upper halves
     are counted, and the number is looked for among those that share its own.
     """
-    bits = row.view(torch.int32)
+    bits = row.detach().view(torch.int32)
     upper = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> 16) + 0x8000
     counts = torch.bincount(upper, minlength=1 << 16)
     up_to = counts.cumsum(0)

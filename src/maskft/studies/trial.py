@@ -152,7 +152,7 @@ def _scored(loaded: LoadedRun, part: str, limit: int | None, shared: Path) -> Pa
     from maskft.evaluation import evaluate_run
     from maskft.evaluation.evaluate import scored
 
-    if limit is not None and limit >= len(loaded.parts[part]):
+    if limit is not None and limit >= len(loaded.asked[part]):
         limit = None  # all of them, which is a result of the run's own
     known = _kept(shared, "answers", loaded.recipe, "model", "data", "evaluation", part, limit)
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else None
