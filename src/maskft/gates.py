@@ -286,8 +286,8 @@ def _select(row: Tensor, k: int) -> Tensor:
 
 
 def _is_at_hand(values: Tensor) -> bool:
-    """Whether values can be looked at for nothing: in this process's memory, and not only traced."""
-    return type(values) is Tensor and values.device.type == "cpu"
+    """Whether values can be looked at for nothing: in this process's memory, and neither traced nor compiled."""
+    return type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _first(flags: Tensor, count: Tensor | int) -> Tensor:
