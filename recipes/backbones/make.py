@@ -154,6 +154,7 @@ def phi(out: Path, seed: int = 0) -> None:
 
 def small_pictures(out: Path, side: int = SIDE) -> None:
     """The embedded base with pictures of `side` x `side` pixels, a multiple of its patches'."""
+    refuse_existing(out)
     model, processor = _embedded()
     pictures, square = processor.image_processor, {"height": side, "width": side}
     if pictures.size.get("shortest_edge"):  # resized by that edge, then cut to a square

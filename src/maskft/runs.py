@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image, to_dataset
+from maskft.data.images import image_names
 from maskft.data.turns import join_turns
 from maskft.errors import DataError, RecipeError, RunError
 from maskft.learnt import before_training, put_on, result_name
@@ -132,12 +133,8 @@ def training_questions(recipe: Recipe, train: Any) -> Any:
         return train
     data = recipe.data.model_copy(update={"turns": 1, **_all(recipe)})
     rows = _whole_data(recipe.model_copy(update={"data": data}))["train"]
-    seen = {_image_names(row) for row in train}
-    return rows.select([i for i, row in enumerate(rows) if _image_names(row) in seen])
-
-
-def _image_names(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple((image["path"], image["bytes"]) for image in row["images"])
+    seen = {image_names(row) for row in train}
+    return rows.select([i for i, row in enumerate(rows) if image_names(row) in seen])
 
 
 def _all(recipe: Recipe) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -44,8 +45,13 @@ def tiny_base(folder: Path, seed: int = 0, width: int = 16) -> Path:
             vision_feature_layer=-1,
         )
     )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return save_base(model, processor, folder)
+
+
+def save_base(model: Any, processor: Any, folder: Path) -> Path:
+    """Save a model that ends its answers where the tokenizer says, and its processor."""
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

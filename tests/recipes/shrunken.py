@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, SiglipImageProcessorPil
 
 from tests.data.helpers import MARKED, llava, make_processor, png
+from tests.evaluation.tiny import save_base
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -53,11 +54,7 @@ def shrunken_base(name: str, folder: Path) -> Path:
     config = AutoConfig.for_model(**content)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_base(model, processor, folder)
 
 
 def write_llava(folder: Path) -> Path:

@@ -172,6 +172,8 @@ def test_dry_run(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_small_pictures_have_few_tokens(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "embedded_base", lambda: place / "base")
     make.main(["small-pictures", str(place / "small")])
+    with pytest.raises(RunError, match="exists"):
+        make.main(["small-pictures", str(place / "small")])
     processor, model = (
         AutoProcessor.from_pretrained(place / "small"),
         load_skeleton(str(place / "small"), dtype="float32"),

@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from maskft.data.images import image_key
 from maskft.data.schema import image_part, text_part, to_dataset, turn
+from maskft.data.turns import together
 from maskft.errors import DataError, MissingExtraError, did_you_mean
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -146,15 +147,8 @@ def _entries(part: Part, source: _Source, images: Sequence[int]) -> list[_Entry]
 
 def _conversations(entries: Sequence[_Entry], turns: int, seed: int) -> list[_Entry]:
     """Join what asks about the same image, at most `turns` questions, in an order drawn by `seed`."""
-    by_image: dict[int, list[int]] = {}
-    for entry in entries:
-        by_image.setdefault(entry.image, []).extend(entry.asked)
-    draw = random.Random(f"{seed}:turns")
-    joined = []
-    for image, numbers in by_image.items():
-        draw.shuffle(numbers)
-        joined += [_Entry(image, tuple(numbers[start : start + turns])) for start in range(0, len(numbers), turns)]
-    return joined
+    joined = ([entries[i] for i in places] for places in together([one.image for one in entries], turns, seed))
+    return [_Entry(about[0].image, tuple(number for one in about for number in one.asked)) for about in joined]
 
 
 def _row(source: _Source, entry: _Entry) -> dict[str, Any]:

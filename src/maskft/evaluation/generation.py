@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from maskft.data import Collator
+from maskft.data.images import image_names
 from maskft.evaluation.prefix import share_prefix
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -35,7 +36,7 @@ def generate_answers(
         progress: wraps the batches, for a progress bar.
     """
     collator = Collator(processor, max_length=None)
-    images = [_images(row) for row in rows]
+    images = [image_names(row) for row in rows]
     first: dict[Hashable, int] = {}
     order = sorted(range(len(rows)), key=lambda i: first.setdefault(images[i], i))
     answers = [""] * len(rows)
@@ -51,11 +52,6 @@ def generate_answers(
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = text.strip()
     return answers
-
-
-def _images(row: Mapping[str, Any]) -> Hashable:
-    """Equal for rows with the same images."""
-    return tuple((image["path"], image["bytes"]) for image in row["images"])
 
 
 @contextlib.contextmanager
