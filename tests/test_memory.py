@@ -14,7 +14,16 @@ import maskft.tuner.layer
 from maskft import MaskConfig
 from maskft.errors import UserError
 from maskft.linear import plain_masked_linear
-from maskft.memory import MODES, FusedStep, cache_weights, fuse_steps, memory_mode, score_optimizer, use_kernels
+from maskft.memory import (
+    MODES,
+    FusedStep,
+    cache_weights,
+    cached_weights,
+    fuse_steps,
+    memory_mode,
+    score_optimizer,
+    use_kernels,
+)
 from maskft.optim import ScoreAdamW
 from maskft.stepping import StepInBackward
 from maskft.tuner import MaskLayer
@@ -153,6 +162,26 @@ def test_cached_weights_follow_the_optimizer(memory: str) -> None:
                 optimizer.zero_grad()
     assert seen[0] == seen[1]
     assert seen[0][-2] < 0.7 * seen[0][0]
+
+
+def test_kept_weights_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = masked()
+    layers = [module for module in model.modules() if isinstance(module, MaskLayer)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.parameters_of("default")[0])
+    x, _ = task(0)
+    expected = model(x)
+    counted: list[torch.Size] = []
+    computed = maskft.linear._masked
+    monkeypatch.setattr(maskft.linear, "_masked", lambda m, w, d: counted.append(w.shape) or computed(m, w, d))
+    with torch.inference_mode(), cached_weights(model):
+        assert all(torch.equal(model(x), expected) for _ in range(3))
+        assert len(counted) == len(layers)
+        with model.disable_adapter():
+            assert not torch.equal(model(x), expected)
+    model(x)
+    assert len(counted) == 2 * len(layers)
+    assert all(layer.weight_cache is None for layer in layers)
 
 
 class Twice(Net):

@@ -12,9 +12,10 @@ bytes. bf16 scores are rounded stochastically, see `maskft.optim`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,24 @@ def cache_weights(model: Any, optimizer: torch.optim.Optimizer) -> None:
         increment_version([p for group in optimizer.param_groups for p in group["params"]])
 
     optimizer.register_step_post_hook(changed)
+
+
+@contextlib.contextmanager
+def cached_weights(model: Any) -> Iterator[None]:
+    """Compute each masked weight once for the duration of the block, in which no scores may change.
+
+    It takes as much memory as the weights, which is less than training takes. Quantised weights are left as they are,
+    since their masked form is not.
+    """
+    layers = [layer for layer in _masked_layers(model) if isinstance(layer.weight_source(), Tensor)]
+    before = [layer.weight_cache for layer in layers]
+    for layer in layers:
+        layer.weight_cache = WeightCache()
+    try:
+        yield
+    finally:
+        for layer, cache in zip(layers, before, strict=True):
+            layer.weight_cache = cache
 
 
 def fuse_steps(model: Any, stepper: StepInBackward) -> None:

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "results"
 COMMITTED = [path for path in sorted((ROOT / "studies").glob("*.yaml")) if (path.with_suffix("") / "results").is_dir()]
 
+COSTS = ("final loss", "trained", "step", "memory", "runs")
+
 
 def score(correct: int, of: int) -> dict[str, Any]:
     return {"accuracy": correct / of, "low": 0.1, "high": 0.9, "correct": correct, "examples": of}
@@ -90,15 +92,23 @@ def test_committed_pages_are_those_of_committed_results() -> None:
     assert {page: page.read_text(encoding="utf-8") for page in PAGES.glob("*")} == expected
 
 
+def test_a_table_says_when_the_validation_loss_was_lowest(tmp_path: Path) -> None:
+    losses = [{"step": 1, "epoch": 0.5, "eval_loss": 1.0}, {"step": 2, "epoch": 1.0, "eval_loss": 2.0}]
+    page = pages(tmp_path, [result("a", 0, log=losses), result("a", 1, log=losses[1:])])["s.md"]
+    assert line(page, "| variant")[4] == "lowest validation loss"
+    assert line(page, "| a ")[4] == "0.750 of 1.000 epochs"
+
+
 def test_a_table_of_means_and_of_what_was_not_run(tmp_path: Path) -> None:
     page = pages(tmp_path, [result("a", 0), result("a", 1, correct=2)], question="Which?", paper_scale="Much.")["s.md"]
     assert page.startswith("# A study\n\nWhich?\n")
-    assert line(page, "| variant") == ["variant", "train", "test", "final loss", "trained", "step", "memory", "runs"]
+    assert line(page, "| variant") == ["variant", "train", "test", "train minus test", *COSTS]
     cells = line(page, "| a ")
     assert cells[1] == "100.0 % (100.0 to 100.0)"
     assert cells[2].startswith("62.5 % (")
-    assert cells[3:] == ["1.0000 (0.5000 to 1.5000)", "1,000", "1.50 s", "2.00 GB", "2"]
-    assert line(page, "| b ") == ["b", *["not run"] * 6, "0 of 2"]
+    assert cells[3] == "+37.5"
+    assert cells[4:] == ["1.0000 (0.5000 to 1.5000)", "1,000", "1.50 s", "2.00 GB", "2"]
+    assert line(page, "| b ") == ["b", *["not run"] * 7, "0 of 2"]
     assert "Not run yet: 2 of 4 runs." in page
     assert "maskft study studies/s.yaml" in page
     assert "2 runs, 0.2 hours in all, on x86_64 with 2 cores; commit abc1234; torch 2." in page

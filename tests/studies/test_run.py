@@ -39,7 +39,7 @@ def tuned(folder: Path) -> tuple[Path, Outcome]:
             "trials": 2,
             "by_variant": {"centered": {}},
         },
-        measure={"test": "chosen", "train_questions": 4, "last_steps": 1},
+        measure={"test": "chosen", "train_questions": 4, "last_steps": 1, "loss_every": 1, "loss_rows": 2},
         after=["masks", "gates", "drift"],
     )
     return file, run_study(file, folder / "out")
@@ -90,7 +90,7 @@ def test_a_result_says_what_was_measured_with_what(tuned: tuple[Path, Outcome]) 
     assert validation.tuned.correct == sum(validation.scores())
     assert result.parts["train"].tuned.examples == 4
     assert training.steps == 2
-    assert training.final_loss == result.log[1]["loss"]
+    assert training.final_loss == [entry["loss"] for entry in result.log if "loss" in entry][1]
     assert training.peak_memory > 1e7
     assert training.trainable_parameters > 0
     assert result.packages["torch"]
@@ -98,6 +98,25 @@ def test_a_result_says_what_was_measured_with_what(tuned: tuple[Path, Outcome]) 
     assert result.after["gates"][-1]["step"] == 2
     assert result.after["masks"][0]["gates"] > 0
     assert "has 0 checkpoint(s)" in result.after["drift"]["not_done"]
+
+
+def test_the_loss_on_validation_is_watched_in_runs_alone(tuned: tuple[Path, Outcome]) -> None:
+    for result in tuned[1].results:
+        losses = [(entry["eval_loss"], entry["epoch"]) for entry in result.log if "eval_loss" in entry]
+        assert len(losses) == (2 if result.stage == "run" else 0)
+        assert result.best_epoch() == (min(losses)[1] if losses else None)
+
+
+def test_watching_changes_nothing_of_a_run(folder: Path) -> None:
+    runs = []
+    for name, measure in {"plain": {"last_steps": 1}, "watched": {"last_steps": 1, "loss_every": 1}}.items():
+        file = write_study(folder / name, variants={"soft": {}}, seeds=[0], measure=measure)
+        runs += run_study(file, folder / name / "out").results
+    plain, watched = runs
+    assert plain.best_epoch() is None
+    assert watched.best_epoch() is not None
+    assert plain.training.final_loss == watched.training.final_loss
+    assert plain.parts["validation"].outcomes == watched.parts["validation"].outcomes
 
 
 def test_the_base_is_asked_once(tuned: tuple[Path, Outcome]) -> None:

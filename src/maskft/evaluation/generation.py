@@ -11,6 +11,7 @@ import torch
 from maskft.data import Collator
 from maskft.data.images import image_names
 from maskft.evaluation.prefix import share_prefix
+from maskft.memory import cached_weights
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -40,17 +41,17 @@ def generate_answers(
     first: dict[Hashable, int] = {}
     order = sorted(range(len(rows)), key=lambda i: first.setdefault(images[i], i))
     answers = [""] * len(rows)
-    for start in progress(range(0, len(rows), batch_size)):
-        chosen = order[start : start + batch_size]
-        batch = collator.prompts([rows[i] for i in chosen])
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        length = inputs["input_ids"].shape[1]
-        with torch.inference_mode(), _head_on_contiguous_rows(model):
+    with torch.inference_mode(), cached_weights(model), _head_on_contiguous_rows(model):
+        for start in progress(range(0, len(rows), batch_size)):
+            chosen = order[start : start + batch_size]
+            batch = collator.prompts([rows[i] for i in chosen])
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            length = inputs["input_ids"].shape[1]
             inputs = share_prefix(model, inputs, [images[i] for i in chosen])
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        texts = processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
+            texts = processor.batch_decode(tokens[:, length:], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text.strip()
     return answers
 
 

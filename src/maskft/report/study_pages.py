@@ -168,9 +168,13 @@ def _table(study: Study, found: Sequence[Row]) -> list[str]:
     answered = [part for part in ("train", "validation", "test") if any(row.parts(part) for row in found)]
     head = ["variant", *(["data"] if study.data else []), *(key.rpartition(".")[2] for key in axes)]
     tuned = sorted({key for row in found for result in row.results for key in result.tuned})
+    gaps = any(row.parts("train") and row.parts("test") for row in found)
+    peaks = any(result.best_epoch() is not None for row in found for result in row.results)
     measured = [
         *(key.rpartition(".")[2] for key in tuned),
         *answered,
+        *(["train minus test"] if gaps else []),
+        *(["lowest validation loss"] if peaks else []),
         "final loss",
         "trained",
         "step",
@@ -189,6 +193,8 @@ def _table(study: Study, found: Sequence[Row]) -> list[str]:
             told = [
                 *(_tuned(row, key) for key in tuned),
                 *(_accuracy(row.parts(part)) for part in answered),
+                *([_gap(row)] if gaps else []),
+                *([_peak(row)] if peaks else []),
                 *_costs(row),
             ]
         else:
@@ -236,6 +242,21 @@ def _accuracy(parts: Sequence[Part]) -> str:
         return NOT_RUN
     mean, low, high = _estimate(parts)
     return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _gap(row: Row) -> str:
+    if not row.parts("train") or not row.parts("test"):
+        return ""
+    return f"{100 * (_estimate(row.parts('train'))[0] - _estimate(row.parts('test'))[0]):+.1f}"
+
+
+def _peak(row: Row) -> str:
+    """After how much of an epoch the loss on the validation part was lowest, and of how much that was trained."""
+    epochs = [epoch for result in row.results if (epoch := result.best_epoch()) is not None]
+    if not epochs:
+        return ""
+    trained = statistics.mean(result.training.epochs for result in row.results)
+    return f"{statistics.mean(epochs):.3f} of {trained:.3f} epochs"
 
 
 def _tuned(row: Row, key: str) -> str:

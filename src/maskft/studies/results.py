@@ -106,6 +106,11 @@ class Result(_Record):
     data_fingerprint: str
     base_fingerprint: str
 
+    def best_epoch(self) -> float | None:
+        """Epochs until the loss on the validation part was lowest; None where it was not measured."""
+        seen = [(entry["eval_loss"], entry["epoch"]) for entry in self.log if "eval_loss" in entry]
+        return min(seen)[1] if seen else None
+
     def value(self, choose: str) -> float:
         """What runs are chosen by, the larger the better: "accuracy" on validation, or minus the final "loss".
 

@@ -98,6 +98,10 @@ class Measure(Section):
     axis values that are best on average over the seeds."""
     train_questions: Annotated[int, Field(ge=0)] = 0
     """So many training questions are answered too."""
+    loss_every: Annotated[int, Field(ge=0)] = 0
+    """The loss on validation rows is measured every so many steps of a run, to tell when it was lowest; 0 never."""
+    loss_rows: Annotated[int, Field(gt=0)] = 100
+    """So many validation rows, the first."""
     last_steps: Annotated[int, Field(gt=0)] = 50
     """The final loss is the mean over so many steps."""
 

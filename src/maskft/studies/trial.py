@@ -44,6 +44,7 @@ class Job(BaseModel):
         folder: the trial's; the run is in run/.
         shared: folder of what all trials of the study on this machine use: answers of the base, fingerprints.
         parts: of the data, to be answered.
+        loss_every, loss_rows: as in `maskft.studies.sections.Measure`.
         after: settings of analyses, by name.
         cell: fields of `Result` that say which run it is.
     """
@@ -56,6 +57,8 @@ class Job(BaseModel):
     shared: Path
     parts: list[Literal["validation", "test"]]
     train_questions: int
+    loss_every: int = 0
+    loss_rows: int = 1
     last_steps: int
     after: dict[str, dict[str, Any]]
     cell: dict[str, Any]
@@ -74,11 +77,12 @@ def work(job: Job) -> Result:
     from maskft.training import LOG, train
 
     started = time.monotonic()
-    recipe = load_recipe(job.recipe, job.overrides)
+    watched = ["training.eval_strategy=steps", f"training.eval_steps={job.loss_every}"] if job.loss_every else []
+    recipe = load_recipe(job.recipe, [*job.overrides, *watched])
     run = job.folder / "run"
     with _alone(job.folder):
         data = load_data(recipe)
-        metrics = train(recipe, run, say=_say, parts=data)
+        metrics = train(recipe, run, say=_say, parts=_watched(data, job.loss_rows) if watched else data)
         peak = _peak_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -92,7 +96,7 @@ def work(job: Job) -> Result:
         recipe=portable(recipe.model_dump(mode="json")),
         metric=recipe.evaluation.metric,
         parts=parts,
-        training=_training(metrics["train"], final_loss(log, job.last_steps), peak),
+        training=_training(metrics["train"], log, job.last_steps, peak),
         log=log,
         after=after,
         wall_seconds=round(time.monotonic() - started, 1),
@@ -127,10 +131,21 @@ def _portable_override(override: str) -> str:
         return f"{key}={portable(value)}"
 
 
-def _training(trained: Mapping[str, Any], last: float | None, peak: int) -> Training:
-    done = trained["steps"] - (trained["resumed_from_step"] or 0)
+def _watched(data: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The data with so many rows of validation, on which the loss is measured while training."""
+    if "validation" not in data:
+        raise StudyError("measure.loss_every asks for the loss on the validation part, but the data has none.")
+    part = data["validation"]
+    return {**data, "validation": part.select(range(min(rows, len(part))))}
+
+
+def _training(trained: Mapping[str, Any], log: Sequence[Mapping[str, Any]], last_steps: int, peak: int) -> Training:
+    first = trained["resumed_from_step"] or 0
+    done = trained["steps"] - first
     known = {name: trained[name] for name in Training.model_fields if name in trained}
-    step = round(trained["seconds"] / done, 4) if done else None
+    watching = sum(entry.get("eval_runtime", 0.0) for entry in log if entry.get("step", 0) > first)
+    step = round((trained["seconds"] - watching) / done, 4) if done else None
+    last = final_loss(log, last_steps)
     return Training(**{**known, "final_loss": last, "step_seconds": step, "peak_memory": peak})
 
 

@@ -222,6 +222,8 @@ class Worker:
             shared=self.output / "shared",
             parts=[part for part in ("validation", "test") if part in parts],
             train_questions=0 if tuning else measure.train_questions,
+            loss_every=0 if tuning else measure.loss_every,
+            loss_rows=measure.loss_rows,
             last_steps=measure.last_steps,
             after={} if tuning else self.study.after,
             cell={
