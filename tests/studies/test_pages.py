@@ -99,6 +99,22 @@ def test_a_table_says_when_the_validation_loss_was_lowest(tmp_path: Path) -> Non
     assert line(page, "| a ")[4] == "0.750 of 1.000 epochs"
 
 
+def test_several_data_sets_have_a_short_table(tmp_path: Path) -> None:
+    data = {"x": {}, "y": {}}
+    ran = [("a", 0, "x", 3), ("a", 1, "x", 3), ("b", 0, "x", 2), ("b", 1, "x", 3), ("a", 0, "y", 2)]
+    found = [result(variant, seed, correct=correct, data=name) for variant, seed, name, correct in ran]
+    page = pages(tmp_path, found, data=data)["s.md"]
+    assert line(page, "| method") == ["method", "trained", "x", "y"]
+    assert line(page, "| base") == ["base, not trained", "", "0.0 %", "0.0 %"]
+    assert line(page, "| best guess") == ["best guess without the image", "", "25.0 %", "25.0 %"]
+    a, b = line(page, "| a | 50"), line(page, "| b | 50")
+    assert a[1] == "50.00%"
+    assert a[2].startswith("**75.0 %** (")
+    assert a[3] == "50.0 % (10.0 to 90.0, 1 of 2 runs)"
+    assert b[2].startswith("62.5 % (")
+    assert b[3] == "not run"
+
+
 def test_a_table_of_means_and_of_what_was_not_run(tmp_path: Path) -> None:
     page = pages(tmp_path, [result("a", 0), result("a", 1, correct=2)], question="Which?", paper_scale="Much.")["s.md"]
     assert page.startswith("# A study\n\nWhich?\n")

@@ -111,7 +111,11 @@ def test_watching_changes_nothing_of_a_run(folder: Path) -> None:
     runs = []
     for name, measure in {"plain": {"last_steps": 1}, "watched": {"last_steps": 1, "loss_every": 1}}.items():
         file = write_study(folder / name, variants={"soft": {}}, seeds=[0], measure=measure)
-        runs += run_study(file, folder / name / "out").results
+        results, written = folder / name / "out" / "results", []
+        runs += run_study(
+            file, results.parent, progress=lambda *_, at=results, seen=written: seen.append(len(list(at.glob("*"))))
+        ).results
+        assert written == [0, 0, 1]  # after tuning, before the run and after it: it is there before the study's end
     plain, watched = runs
     assert plain.best_epoch() is None
     assert watched.best_epoch() is not None

@@ -19,15 +19,15 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from maskft.evaluation.resampling import bootstrap_interval
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.report.charts import WIDTH, intervals, line_chart, line_style
 from maskft.report.study_found import at_paper_scale, between_seeds, found_in_runs
-from maskft.report.study_rows import NOT_RUN, Row, rows, shown, table
+from maskft.report.study_rows import NOT_RUN, Row, estimate, judged, rows, shown, table, told_accuracy
+from maskft.report.study_summary import by_data
 from maskft.runs import write_atomically
 from maskft.studies.at_scale import PLAN
 from maskft.studies.definition import Study, load_study
-from maskft.studies.results import Part, Result, read_results
+from maskft.studies.results import Result, read_results
 
 
 def page(
@@ -50,6 +50,8 @@ def page(
     found = rows(study, results)
     if findings.strip():
         lines += [findings.strip(), ""]
+    if short := by_data(study, found):
+        lines += [*short, "", "Mean accuracy over runs, in brackets its 95 % interval.", ""]
     lines += [*_table(study, found), ""]
     if picture(study, found):
         lines += [f"![{study.title}]({name}.svg)", ""]
@@ -73,7 +75,7 @@ def picture(study: Study, found: Sequence[Row]) -> str:
     """The study's plot as an SVG file's content; empty where there is nothing to draw."""
     kind = study.plot
     if kind is None:
-        bars = [(row.name, *_estimate(parts)) for row in found if (parts := _judged(row))]
+        bars = [(row.name, *estimate(parts)) for row in found if (parts := judged(row))]
         return _standalone(intervals(study.title, bars, x="accuracy"), [])
     if kind == "step":
         logs = {row.name: [_points(result.log, "loss") for result in row.results] for row in found if row.results}
@@ -98,8 +100,8 @@ def _by_setting(kind: str, found: Sequence[Row]) -> dict[str, list[tuple[float, 
     series: dict[str, list[tuple[float, float]]] = {}
     for row in found:
         at = relative_step(row.results[0]) if kind == "rho" and row.results else row.cell.settings.get(kind)
-        if isinstance(at, int | float) and (parts := _judged(row)):
-            point = (math.log10(at) if kind == "rho" else float(at), _estimate(parts)[0])
+        if isinstance(at, int | float) and (parts := judged(row)):
+            point = (math.log10(at) if kind == "rho" else float(at), estimate(parts)[0])
             series.setdefault(" ".join(filter(None, row.cell.group)), []).append(point)
     return {name: sorted(points) for name, points in series.items()}
 
@@ -110,7 +112,7 @@ def _gaps(found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     for row in found:
         losses = [r.training.final_loss for r in row.results if r.training.final_loss is not None]
         if losses and row.parts("train") and row.parts("test"):
-            gap = _estimate(row.parts("train"))[0] - _estimate(row.parts("test"))[0]
+            gap = estimate(row.parts("train"))[0] - estimate(row.parts("test"))[0]
             series.setdefault(" ".join(filter(None, row.cell.group)), []).append((statistics.mean(losses), gap))
     return {name: sorted(points) for name, points in series.items()}
 
@@ -192,7 +194,7 @@ def _table(study: Study, found: Sequence[Row]) -> list[str]:
         if row.results:
             told = [
                 *(_tuned(row, key) for key in tuned),
-                *(_accuracy(row.parts(part)) for part in answered),
+                *(told_accuracy(row.parts(part)) for part in answered),
                 *([_gap(row)] if gaps else []),
                 *([_peak(row)] if peaks else []),
                 *_costs(row),
@@ -222,32 +224,10 @@ def _costs(row: Row) -> list[str]:
     ]
 
 
-def _judged(row: Row) -> list[Part]:
-    """Answers to the test part, or to validation where no run answered that."""
-    return row.parts("test") or row.parts("validation")
-
-
-def _estimate(parts: Sequence[Part]) -> tuple[float, float, float]:
-    """Mean accuracy over runs with its interval."""
-    if len(parts) == 1:
-        score = parts[0].tuned
-        return score.accuracy, score.low, score.high
-    scores = [part.scores() for part in parts]
-    low, high = bootstrap_interval(scores, [f"{number:09d}" for number in range(len(scores[0]))])
-    return statistics.mean(part.tuned.accuracy for part in parts), low, high
-
-
-def _accuracy(parts: Sequence[Part]) -> str:
-    if not parts:
-        return NOT_RUN
-    mean, low, high = _estimate(parts)
-    return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-
-
 def _gap(row: Row) -> str:
     if not row.parts("train") or not row.parts("test"):
         return ""
-    return f"{100 * (_estimate(row.parts('train'))[0] - _estimate(row.parts('test'))[0]):+.1f}"
+    return f"{100 * (estimate(row.parts('train'))[0] - estimate(row.parts('test'))[0]):+.1f}"
 
 
 def _peak(row: Row) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from maskft.evaluation.resampling import bootstrap_interval
 from maskft.studies.definition import Cell, Study, cells
 from maskft.studies.results import Part, Result
 
@@ -45,6 +47,29 @@ def rows(study: Study, results: Sequence[Result]) -> list[Row]:
         own = [r for r in results if r.stage == "run" and r.seed in study.seeds and _same_line(r, cell)]
         found.setdefault(json.dumps([cell.group, cell.settings]), Row(cell, len(study.seeds), own))
     return list(found.values())
+
+
+def judged(row: Row) -> list[Part]:
+    """Answers to the test part, or to validation where no run answered that."""
+    return row.parts("test") or row.parts("validation")
+
+
+def estimate(parts: Sequence[Part]) -> tuple[float, float, float]:
+    """Mean accuracy over runs with its 95 % interval."""
+    if len(parts) == 1:
+        score = parts[0].tuned
+        return score.accuracy, score.low, score.high
+    scores = [part.scores() for part in parts]
+    low, high = bootstrap_interval(scores, [f"{number:09d}" for number in range(len(scores[0]))])
+    return statistics.mean(part.tuned.accuracy for part in parts), low, high
+
+
+def told_accuracy(parts: Sequence[Part]) -> str:
+    """Mean accuracy and its interval in words."""
+    if not parts:
+        return NOT_RUN
+    mean, low, high = estimate(parts)
+    return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -173,6 +173,11 @@ def write_result(path: Path, result: Result) -> None:
     write_json(path, result.model_dump(mode="json"))
 
 
+def write_named(folder: Path, result: Result) -> None:
+    """Write a result into a folder, by its name."""
+    write_result(folder / f"{result_name(result)}.json", result)
+
+
 def read_result(path: Path) -> Result:
     """Read a result.
 

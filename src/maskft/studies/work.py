@@ -29,13 +29,14 @@ from maskft.studies.definition import (
 )
 from maskft.studies.process import POLL, Processes, last_words, terminable
 from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, storage_at, suggest
-from maskft.studies.results import Result, chosen_settings, identity, result_name, write_result
+from maskft.studies.results import Result, chosen_settings, identity, write_named
 from maskft.studies.sections import Settings
 from maskft.studies.toy import toy_base
 from maskft.studies.trial import OUTPUT, PAUSED, Job, portable
 from maskft.studies.trial import RESULT as RESULT_FILE
 
 logger = logging.getLogger(__name__)
+RESULTS = "results"
 Progress = Callable[[str, int, int], None]
 """Is told the stage, how many of its trials are finished, and how many there are."""
 
@@ -264,6 +265,7 @@ class Worker:
                 result.value(measure.choose if "validation" in result.parts else "loss"),
                 result.model_dump(mode="json"),
             )
+            write_named(self.output / RESULTS, result)  # pages can be made of unfinished studies
             if tuning or not self.study.keep_weights:
                 _remove_weights(folder / "run")
         elif code == PAUSED:
@@ -315,7 +317,7 @@ def run_study(
             results = [] if only_tune else worker.run(tuned, progress)
         outcome = Outcome([*worker.tuning, *results], worker.failures(), tuned, output)
     for result in outcome.results:
-        write_result(output / "results" / f"{result_name(result)}.json", result)
+        write_named(output / RESULTS, result)
     return outcome
 
 
