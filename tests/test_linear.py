@@ -161,14 +161,16 @@ class TestAgainstThePlainVersion:
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
             masked_linear(x, weight, bias, [mask(offset, gate)])
-        assert [tensor.data_ptr() for tensor in saved] == [t.data_ptr() for t in (x, weight, offset)]
+        kept = [tensor for tensor in saved if tensor.dtype != torch.uint8]  # bits of a ranked mask have a test below
+        assert [tensor.data_ptr() for tensor in kept] == [t.data_ptr() for t in (x, weight, offset)]
 
     def test_saves_the_same_three_on_a_bf16_base(self, gate: Gate) -> None:
         x, weight, bias, offset = inputs((2, 3), dtype=torch.bfloat16)
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
             masked_linear(x, weight, bias, [mask(offset, gate)])
-        assert [tensor.dtype for tensor in saved] == [torch.bfloat16, torch.bfloat16, torch.float32]
+        kept = [tensor.dtype for tensor in saved if tensor.dtype != torch.uint8]
+        assert kept == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("gate", EXACT, ids=repr)
@@ -259,3 +261,19 @@ def test_empty_batch() -> None:
     assert y.shape == (0, 5)
     y.sum().backward()
     assert torch.equal(offset.grad, torch.zeros(5, 7))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (4, 16)], ids=str)
+def test_what_is_ranked_is_ranked_once_and_remembered_in_bits(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias, offset = inputs((2,), shape)
+    ranked: list[torch.Size] = []
+    value = TopK.value
+    monkeypatch.setattr(TopK, "value", lambda gate, d, w: ranked.append(d.shape) or value(gate, d, w))
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = masked_linear(x, weight, bias, [mask(offset, TopK(0.5))])
+    y.sum().backward()
+    assert ranked == [weight.shape]
+    assert [t.numel() for t in saved if t.dtype == torch.uint8] == [-(-weight.numel() // 8)]

@@ -2,9 +2,9 @@
 
     python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
     python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
-    python recipes/backbones/make.py shallow models/shallow-unhealed
-    python recipes/backbones/make.py phi models/phi-untrained
     python recipes/backbones/make.py small-pictures models/small-pictures-unaligned
+    python recipes/backbones/make.py shallow models/small-pictures models/shallow-unhealed
+    python recipes/backbones/make.py phi models/small-pictures models/phi-untrained
 
 README.md, in this folder, has all commands in their order. All take vision encoder and processor of the embedded base.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskft.data.easy_vqa import COLORS, INSTRUCTION, SHAPES
 from maskft.folders import refuse_existing, staged
@@ -32,20 +32,15 @@ TURNS = 4
 """Questions about one image in a conversation, at most."""
 PICTURES = 400
 """Of stamps and of clip art, as many are drawn: drawn shapes are to be the larger part."""
-EVEN = (0, 3, 5, 8, 11, 13, 16, 18, 21, 24, 26, 29)
-"""Twelve of SmolLM2's thirty layers, spread evenly."""
+EVEN = tuple(number for number in range(30) if number % 3 != 1)
+"""Twenty of SmolLM2's thirty layers, spread evenly."""
 PHI = {
-    "hidden_size": 384,
-    "intermediate_size": 1536,
     "num_hidden_layers": 6,
-    "num_attention_heads": 6,
+    "num_attention_heads": 9,
     "partial_rotary_factor": 0.5,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-SPREAD = 0.04
-"""Standard deviation of the Phi's embeddings, which are its head too: a normed state then gives logits of about 0.8."""
-
 SIDE = 56
 """Pixels of a small picture's side: 4 x 4 patches."""
 
@@ -117,10 +112,10 @@ def _conversation(name: str, image: str, pairs: Iterable[Asked], draw: random.Ra
     return {"id": name, "image": image, "conversations": turns}
 
 
-def shallow(out: Path, layers: Sequence[int] = EVEN) -> None:
-    """The embedded base with some layers of its language model."""
+def shallow(base: Path, out: Path, layers: Sequence[int] = EVEN) -> None:
+    """A base with some layers of its language model."""
     refuse_existing(out)
-    model, processor = _embedded()
+    model, processor = _loaded(base)
     text = model.config.text_config
     kept = nn.ModuleList(model.model.language_model.layers[number] for number in layers)
     for number, layer in enumerate(kept):
@@ -131,31 +126,33 @@ def shallow(out: Path, layers: Sequence[int] = EVEN) -> None:
     _write(model, processor, out)
 
 
-def phi(out: Path, seed: int = 0) -> None:
-    """The embedded base with a Phi of random weights in its language model's place, whose embeddings are SmolLM2's
-    along their first principal components."""
+def phi(base: Path, out: Path, seed: int = 0) -> None:
+    """A base with a small Phi of random weights in its language model's place, as wide as that, whose embeddings and
+    projector stay."""
     from transformers import LlavaForConditionalGeneration, PhiConfig
 
     refuse_existing(out)
-    base, processor = _embedded()
-    config = copy.deepcopy(base.config)
+    before, processor = _loaded(base)
+    config = copy.deepcopy(before.config)
+    width = config.text_config.hidden_size
     special = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config.text_config = PhiConfig(vocab_size=config.text_config.vocab_size, **PHI, **special)
+    sizes = {"vocab_size": config.text_config.vocab_size, "hidden_size": width, "intermediate_size": 4 * width}
+    config.text_config = PhiConfig(**sizes, **PHI, **special)
     config.tie_word_embeddings = True
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(base.model.vision_tower.state_dict())
-    embeddings = base.get_input_embeddings().weight
-    model.get_input_embeddings().weight.data.copy_(principal(embeddings.float(), PHI["hidden_size"]))
+    for part in ("vision_tower", "multi_modal_projector"):
+        getattr(model.model, part).load_state_dict(getattr(before.model, part).state_dict())
+    model.get_input_embeddings().load_state_dict(before.get_input_embeddings().state_dict())
     model.tie_weights()
-    model.generation_config = base.generation_config
+    model.generation_config = before.generation_config
     _write(model, processor, out)
 
 
 def small_pictures(out: Path, side: int = SIDE) -> None:
     """The embedded base with pictures of `side` x `side` pixels, a multiple of its patches'."""
     refuse_existing(out)
-    model, processor = _embedded()
+    model, processor = _loaded(embedded_base())
     pictures, square = processor.image_processor, {"height": side, "width": side}
     if pictures.size.get("shortest_edge"):  # resized by that edge, then cut to a square
         pictures.size, pictures.crop_size = {"shortest_edge": side}, square
@@ -165,18 +162,9 @@ def small_pictures(out: Path, side: int = SIDE) -> None:
     _write(model, processor, out)
 
 
-def principal(vectors: Tensor, size: int) -> Tensor:
-    """(n, d) -> (n, size): centred, along the principal components, with a standard deviation of SPREAD."""
-    centred = vectors - vectors.mean(0)
-    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -size:]
-    reduced = centred @ directions
-    return reduced * (SPREAD / reduced.std())
-
-
-def _embedded() -> tuple[Any, Any]:
+def _loaded(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    folder = embedded_base()
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     return model, AutoProcessor.from_pretrained(folder)
 
@@ -195,10 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_rows.add_argument("folders", nargs="+", type=Path)
     of_rows.add_argument("--output", required=True, type=Path)
     of_rows.add_argument("--asked", action="store_true", help="also easy-VQA's questions about its images 0 to 1999")
-    of_shallow = parts.add_parser("shallow", help="the embedded base with twelve of its language model's layers")
+    of_shallow = parts.add_parser("shallow", help="a base with twenty of its language model's thirty layers")
+    of_shallow.add_argument("base", type=Path)
     of_shallow.add_argument("output", type=Path)
     of_shallow.add_argument("--layers", nargs="+", type=int, default=list(EVEN))
-    of_phi = parts.add_parser("phi", help="the embedded base with a small Phi of random weights")
+    of_phi = parts.add_parser("phi", help="a base with a small Phi of random weights as its language model")
+    of_phi.add_argument("base", type=Path)
     of_phi.add_argument("output", type=Path)
     of_pictures = parts.add_parser("small-pictures", help="the embedded base with 16 tokens an image")
     of_pictures.add_argument("output", type=Path)
@@ -208,11 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.output.write_text(json.dumps(made, indent=1))
         sys.stdout.write(f"{given.output}: {len(made):,} conversations\n")
     elif given.part == "shallow":
-        shallow(given.output, given.layers)
+        shallow(given.base, given.output, given.layers)
     elif given.part == "small-pictures":
         small_pictures(given.output)
     else:
-        phi(given.output)
+        phi(given.base, given.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ rounded once, to the dtype of x.
 
 A quantised W is given as a function that returns it in full; it is called anew in backward and never kept.
 
+A gate that ranks its scores does so in the forward pass alone: what it keeps is remembered, in bits.
+
 With `Mask.compiled` gate, product and gradient are one pass over W and the scores each, instead of one per operation.
 """
 
@@ -91,6 +93,11 @@ class Mask:
     step: ScoreStep | None = None
 
     @property
+    def ranked(self) -> bool:
+        """Whether to find out what is kept takes longer than to remember it, in a bit for each weight."""
+        return getattr(self.gate, "hard", False) and not getattr(self.gate, "elementwise", False)
+
+    @property
     def fused(self) -> bool:
         """Whether the compiled code serves this mask."""
         return self.compiled and getattr(self.gate, "elementwise", False)
@@ -105,8 +112,8 @@ class Mask:
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         return self.layout.offset(tuple(p.to(wide) for p in self.parameters), weight.shape)
 
-    def gradients(self, offset: Tensor, weight: Tensor, m: Tensor, *dm: Tensor) -> list[Tensor]:
-        """Gradients of the parameters; that of m is the product of the factors `dm`."""
+    def gradients(self, offset: Tensor, weight: Tensor, m: Tensor | None, *dm: Tensor) -> list[Tensor]:
+        """Gradients of the parameters; that of m, where it is known, is the product of the factors `dm`."""
         doffset = self.gate.derivative(offset, weight, m)
         for factor in dm:
             doffset.mul_(factor)
@@ -192,10 +199,17 @@ class _MaskedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, mask: Mask, *parameters: Tensor) -> Tensor:
         ctx.kept, ctx.mask = isinstance(weight, Tensor), mask
         ctx.weight = None if ctx.kept else weight
-        ctx.save_for_backward(x, *([weight] if isinstance(weight, Tensor) else []), *parameters)
         frozen = weight if isinstance(weight, Tensor) else weight()
         mask = replace(mask, parameters=parameters)
-        masked = masked_matrix(mask, frozen, x.dtype)
+        if ranked := mask.ranked and mask.cache is None and any(ctx.needs_input_grad):
+            kept = mask.gate.value(mask.offset(frozen), frozen).bool()
+            masked = (frozen * kept.to(frozen.dtype)).to(x.dtype)
+            kept = _packed(kept)
+        else:
+            masked = masked_matrix(mask, frozen, x.dtype)
+        saved = [x, *([frozen] if ctx.kept else []), *([kept] if ranked else [])]
+        ctx.ranked = ranked
+        ctx.save_for_backward(*saved, *parameters)
         # data: of more than two dimensions the result is a view, which callers could not change in place
         return F.linear(x, _ordered(masked, frozen), _like(bias, x)).data
 
@@ -203,8 +217,11 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         weight = parameters.pop(0) if ctx.kept else ctx.weight()
+        kept = parameters.pop(0) if ctx.ranked else None
         mask, dy = replace(ctx.mask, parameters=tuple(parameters)), grads[0].reshape(-1, grads[0].shape[-1])
         masked = None if mask.cache is None else masked_matrix(mask, weight, dy.dtype)
+        if kept is not None:
+            masked = (weight * _unpacked(kept, weight.shape).to(weight.dtype)).to(dy.dtype)
         scores: list[Tensor | None] = [None] * len(parameters)
         if any(ctx.needs_input_grad[4:]):
             dmasked = dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
@@ -238,9 +255,11 @@ def _masked_and_gradients(
     """W' in the dtype of its gradient `dmasked`, if it isn't given, and the gradients of the parameters."""
     if not mask.fused:
         offset = mask.offset(weight)
+        if masked is not None:
+            return masked, mask.gradients(offset, weight, None, weight, dmasked)
         m = mask.gate.value(offset, weight)
         gradients = mask.gradients(offset, weight, m, weight, dmasked)
-        return m.mul_(weight).to(dmasked.dtype) if masked is None else masked, gradients
+        return m.mul_(weight).to(dmasked.dtype), gradients
     dflat, flat, offset = _flat(dmasked, weight, mask.raw_offset(weight))
     if masked is None:
         masked, doffset = _product_and_gradient(dflat, flat, offset, mask.gate)
@@ -273,6 +292,21 @@ def masked_and_gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: G
     wide = _wide(offset, weight)
     m = gate.value(wide, weight)
     return (m * weight).to(dmasked.dtype), gate.derivative(wide, weight, m) * weight * dmasked
+
+
+def _packed(kept: Tensor) -> Tensor:
+    """Bools of any shape, eight in a byte."""
+    eighths = F.pad(kept.flatten().view(torch.uint8), (0, -kept.numel() % 8)).view(8, -1)
+    packed = eighths[0].clone()
+    for position in range(1, 8):
+        packed |= eighths[position] << position
+    return packed
+
+
+def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The way back, as ones and zeros."""
+    eighths = torch.stack([(packed >> position) & 1 for position in range(8)])
+    return eighths.flatten()[: shape.numel()].view(shape)
 
 
 def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:

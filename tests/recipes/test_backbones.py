@@ -21,7 +21,6 @@ from tests.data.helpers import llava, png
 from tests.recipes.shrunken import ROOT, shrunken_base
 
 BACKBONES = ROOT / "recipes" / "backbones"
-WIDTH = 64
 
 
 def _script() -> Any:
@@ -44,13 +43,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = shrunken_base("tinyllava-tinyllama-1.1b", folder / "base")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(make, "embedded_base", lambda: base)
-        patch.setitem(make.PHI, "hidden_size", WIDTH)
         patch.setitem(make.PHI, "num_attention_heads", 4)
         make.main(["rows", "data/shapes", "data/pictures", "--output", "data/backbones.json"])
         make.main(["rows", "data/shapes", "data/pictures", "--output", "data/asked.json", "--asked"])
-        make.main(["shallow", "models/shallow-unhealed", "--layers", "1"])
-        make.main(["phi", "models/phi-untrained"])
+        make.main(["shallow", str(base), "models/shallow-unhealed", "--layers", "1"])
+        make.main(["phi", str(base), "models/phi-untrained"])
     return folder
 
 
@@ -135,27 +132,18 @@ def test_phi_is_of_its_family_with_the_bases_tower_and_processor(place: Path) ->
     made = AutoModelForImageTextToText.from_pretrained(folder)
     assert made.config.text_config.model_type == "phi"
     assert made.dtype == torch.bfloat16
-    tower, own = base.model.vision_tower.state_dict(), made.model.vision_tower.state_dict()
-    assert all(torch.equal(own[name], tower[name]) for name in tower)
+    for part in ("vision_tower", "multi_modal_projector"):
+        before, own = getattr(base.model, part).state_dict(), getattr(made.model, part).state_dict()
+        assert all(torch.equal(own[name], before[name]) for name in before)
     assert made.lm_head.weight is made.get_input_embeddings().weight
-    assert made.lm_head.weight.shape == (base.get_input_embeddings().num_embeddings, WIDTH)
+    assert torch.equal(made.lm_head.weight, base.get_input_embeddings().weight)
     processors = [AutoProcessor.from_pretrained(path) for path in (place / "base", folder)]
     assert processors[0].chat_template == processors[1].chat_template
 
 
-def test_principal_components_keep_what_differs_most() -> None:
-    torch.manual_seed(0)
-    plane = torch.randn(200, 2) @ torch.randn(2, 8) + 5
-    reduced = make.principal(plane, 2)
-    assert reduced.std().item() == pytest.approx(make.SPREAD)
-    distances = torch.pdist(plane)
-    assert torch.allclose(torch.pdist(reduced) / distances, (torch.pdist(reduced) / distances).mean(), rtol=1e-3)
-
-
-def test_a_folder_in_use_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make, "embedded_base", lambda: place / "base")
+def test_a_folder_in_use_is_refused(place: Path) -> None:
     with pytest.raises(RunError, match="phi-untrained"):
-        make.phi(place / "models" / "phi-untrained")
+        make.phi(place / "base", place / "models" / "phi-untrained")
 
 
 @pytest.mark.parametrize("name", ["shallow", "phi"])
