@@ -281,3 +281,14 @@ def test_one_data_set_tunes_for_all_and_weights_make_room(tmp_path: Path) -> Non
     assert not list(outcome.output.rglob("trials/*/run/*.safetensors"))
     repeated = run_study(file, tmp_path / "out")
     assert repeated.results == outcome.results
+
+
+def test_checkpoints_make_room_and_what_was_learnt_stays(tmp_path: Path) -> None:
+    saving = {"training.save_strategy": "steps", "training.save_steps": 1, "training.save_total_limit": 2}
+    file = write_study(
+        tmp_path, variants={"soft": saving}, seeds=[0], after=["drift"], measure={"test": "none"}, keep_weights="final"
+    )
+    outcome = run_study(file, tmp_path / "out")
+    assert [len(result.after["drift"]["checkpoints"]) for result in outcome.results] == [2]
+    assert list(outcome.output.rglob("trials/*/run/adapter_model.safetensors"))
+    assert not list(outcome.output.rglob("checkpoint-*"))

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -54,8 +54,9 @@ class Study(BaseModel):
     file leaves all settings as they are."""
     across: list[str] = []
     """Analyses of runs that differ in their seeds, likewise."""
-    keep_weights: bool = True
-    """False removes what a run has learnt once its result is there; of tuning it is always removed."""
+    keep_weights: bool | Literal["final"] = True
+    """False removes what a run has learnt once its result is there, "final" its checkpoints alone; of tuning both are
+    always removed."""
     plot: str | None = None
     """What the page draws: accuracy against a key of `vary` or against `rho`; training loss against `step`; `gap`,
     accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation with the last

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from maskft.errors import StudyError
 from maskft.guard import CHECKPOINTS
@@ -266,8 +266,7 @@ class Worker:
                 result.model_dump(mode="json"),
             )
             write_named(self.output / RESULTS, result)  # pages can be made of unfinished studies
-            if tuning or not self.study.keep_weights:
-                _remove_weights(folder / "run")
+            _remove_weights(folder / "run", keep=False if tuning else self.study.keep_weights)
         elif code == PAUSED:
             queue.fail(trial, None)
         else:
@@ -321,10 +320,11 @@ def run_study(
     return outcome
 
 
-def _remove_weights(run: Path) -> None:
-    """Remove a run's weights and checkpoints; its record stays."""
-    shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-    for file in run.rglob("*.safetensors"):
+def _remove_weights(run: Path, *, keep: bool | Literal["final"]) -> None:
+    """Remove what is not to be kept of a run's weights and checkpoints; its record stays."""
+    if keep is not True:
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    for file in run.rglob("*.safetensors") if not keep else ():
         file.unlink()
 
 
