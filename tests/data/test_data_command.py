@@ -61,9 +61,12 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["stamp"], "there is no data set 'stamp'; there are stamps, clipart, easy-vqa. Did you mean 'stamps'"),
+        (["stamp"], "there is no data set 'stamp'; there are stamps, clipart, digits, easy-vqa. Did you mean 'stamps'"),
         (["stamps", "--split", "compositional"], "--split cannot be used with stamps"),
         (["easy-vqa", "--source", "x", "--test", "0.2"], "--source, --test cannot be used with easy-vqa"),
+        (["digits", "--source", "x"], "--source cannot be used with digits"),
+        (["digits", "--test", "0.97"], "validation is 0.05 and test 0.97; both must be above 0"),
+        (["stamps", "--questions", "kinds"], "there are no questions 'kinds'"),
         (["easy-vqa", "--labels", "rnd"], "--labels is 'rnd'; it must be true or random"),
         (["clipart", "--source", "nowhere"], "nowhere does not hold usr/share/openclipart"),
     ],
@@ -152,3 +155,42 @@ def test_a_folder_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="already exists"):
         write_easy_vqa(tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_chosen_questions_alone(tmp_path: Path) -> None:
+    source, out = stamps(tmp_path / "unpacked"), tmp_path / "out"
+    summary = write_collection("stamps", source, out, types=["belongs"])
+    assert set(summary["questions"]["train"]) == {"belongs"}
+    assert {row["id"].split("/")[-2] for row in json.loads((out / "train.json").read_text())} == {"belongs"}
+
+
+def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "data", "digits", "--output", tmp_path / "out", "--seed", "1") == 0
+    assert "digits" in capsys.readouterr().out
+    parts = {part: read(tmp_path / "out" / f"{part}.json") for part in ("train", "validation", "test")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 4672, "validation": 360, "test": 2156}
+    assert leaked_images(parts["train"], parts["test"]) == leaked_images(parts["validation"], parts["test"]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["questions"]["test"] == 2156 == 4 * summary["pictures"]["test"]
+    assert 0.25 < summary["guessed"]["test"] < 0.35  # a half of two sorts of questions, a tenth of the others
+    for row in json.loads((tmp_path / "out" / "test.json").read_text())[:200]:
+        asked, said = (turn["value"] for turn in row["conversations"])
+        assert said == right_about(digit_of(tmp_path / "out", row["id"].split("/")[1]), asked)
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 1797
+
+
+def digit_of(folder: Path, scan: str) -> int:
+    """The digit of a scan, by what its own row says."""
+    rows = json.loads((folder / "test.json").read_text())
+    return int(next(r for r in rows if r["id"] == f"digits/{scan}/which")["conversations"][1]["value"])
+
+
+def right_about(digit: int, asked: str) -> str:
+    """The answer to a question about a digit."""
+    words = asked.replace("?", " ").split()
+    number = next((int(word) for word in words if word.isdigit()), 0)
+    if "plus" in words:
+        return str(digit + number)
+    if "greater" in words or "a" in words[:4]:
+        return "yes" if (digit > number if "greater" in words else digit == number) else "no"
+    return str(digit)

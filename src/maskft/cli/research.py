@@ -17,14 +17,21 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def make_data(
-    kind: Annotated[str, typer.Argument(help="stamps, clipart or easy-vqa.")],
+    kind: Annotated[str, typer.Argument(help="stamps, clipart, digits or easy-vqa.")],
     output: Annotated[Path, typer.Option(help="New folder for the data set.")],
     source: Annotated[
         Path | None, typer.Option(help="Of stamps and clipart: / (default), or where their packages were unpacked.")
     ] = None,
-    test: Annotated[float | None, typer.Option(help="Of stamps and clipart: share held out; default 0.25.")] = None,
-    validation: Annotated[float | None, typer.Option(help="Likewise; default 0.1.")] = None,
-    size: Annotated[int | None, typer.Option(min=16, help="Likewise: longest side in pixels; default 224.")] = None,
+    test: Annotated[
+        float | None, typer.Option(help="Not of easy-vqa: share held out; default 0.25, of digits 0.3.")
+    ] = None,
+    validation: Annotated[float | None, typer.Option(help="Likewise; default 0.1, of digits 0.05.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=16, help="Likewise: longest side in pixels; default 224, of digits 64.")
+    ] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="Of stamps and clipart: types of questions, joined by commas; default all.")
+    ] = None,
     part: Annotated[str | None, typer.Option(help="Of easy-vqa: vqa (default) or captions.")] = None,
     split: Annotated[str | None, typer.Option(help="Of easy-vqa: official (default) or compositional.")] = None,
     labels: Annotated[str | None, typer.Option(help="Of easy-vqa: true (default) or random.")] = None,
@@ -34,9 +41,9 @@ def make_data(
     """Make a data set in LLaVA's form from pictures that people have labelled."""
     from maskft.cli.data import run
 
-    of_pictures = {"source": source, "test": test, "validation": validation, "size": size}
-    of_shapes = {"part": part, "split": split, "labels": labels}
-    run(kind, output, of_pictures, of_shapes, seed=seed, as_json=json)
+    given = {"source": source, "test": test, "validation": validation, "size": size, "questions": questions}
+    given |= {"part": part, "split": split, "labels": labels}
+    run(kind, output, given, seed=seed, as_json=json)
 
 
 def analyse(

@@ -14,7 +14,7 @@ from typing import Any
 
 from maskft.data.labels import read_clipart, read_stamps
 from maskft.data.pictures import Labelled, gather_pictures
-from maskft.data.questions import ask, report
+from maskft.data.questions import TYPES, ask, report
 from maskft.errors import DataError, did_you_mean
 from maskft.folders import staged
 
@@ -46,6 +46,7 @@ def write_collection(
     validation: float = 0.1,
     test: float = 0.25,
     size: int = 224,
+    types: Sequence[str] = TYPES,
     seed: int = 0,
     progress: Callable[[Iterable[Labelled]], Iterable[Labelled]] = iter,
 ) -> dict[str, Any]:
@@ -56,20 +57,27 @@ def write_collection(
         source: / or a folder that the Debian packages were unpacked into.
         validation, test: shares of the pictures.
         size: longest side of a written picture, in pixels.
+        types: of the questions, some of `maskft.data.questions.TYPES`.
         seed: of everything that is drawn.
 
     Raises:
-        DataError: no such collection, or its files are not there.
+        DataError: no such collection or type of questions, or the collection's files are not there.
         RunError: `out` is there already.
     """
     if kind not in COLLECTIONS:
         raise DataError(
             f"'{kind}' is no collection; it must be {' or '.join(COLLECTIONS)}.{did_you_mean(kind, COLLECTIONS)}"
         )
+    if unknown := [name for name in types if name not in TYPES]:
+        raise DataError(
+            f"there are no questions '{unknown[0]}'; there are {', '.join(TYPES)}.{did_you_mean(unknown[0], TYPES)}"
+        )
     labelled = COLLECTIONS[kind](source)
     with staged(out) as folder:
         pictures = gather_pictures(labelled, validation=validation, test=test, size=size, seed=seed, progress=progress)
-        asked = {part: ask([one.label for one in shown], seed=seed) for part, shown in pictures.parts.items()}
+        asked = {
+            part: ask([one.label for one in shown], types=types, seed=seed) for part, shown in pictures.parts.items()
+        }
         files = {}
         for one in (one for shown in pictures.parts.values() for one in shown):
             files[one.label.name] = f"images/{one.label.name}.png"

@@ -31,7 +31,7 @@ class Asked:
 
     Attributes:
         picture: the picture's name.
-        type: one of TYPES.
+        type: one of TYPES, or of another data set's.
         question: its text, with the instruction how to answer.
         answer: the right one.
         options: what is offered, in the order of the letters; empty where nothing is.
@@ -44,8 +44,8 @@ class Asked:
     options: tuple[str, ...] = ()
 
 
-def ask(labels: Sequence[Labelled], *, seed: int = 0) -> list[Asked]:
-    """All questions about the pictures of one part, in an order drawn by `seed`."""
+def ask(labels: Sequence[Labelled], *, types: Sequence[str] = TYPES, seed: int = 0) -> list[Asked]:
+    """All questions of some types about the pictures of one part, in an order drawn by `seed`."""
     draw = random.Random(f"{seed}:questions")
     named = [one for one in labels if one.title]
     sorted_out = [one for one in labels if one.kind]
@@ -58,7 +58,7 @@ def ask(labels: Sequence[Labelled], *, seed: int = 0) -> list[Asked]:
     asked += _choices(even, "kind", "Which kind of thing is this?", lambda one: str(one.kind), _other_kind, draw)
     asked += _choices(named, "name", "Which of these is it?", lambda one: str(one.title), _unlike, draw)
     draw.shuffle(asked)
-    return asked
+    return [one for one in asked if one.type in types]
 
 
 def _unlike(one: Labelled, other: Labelled) -> bool:
@@ -167,6 +167,12 @@ def guessed(train: Iterable[Asked], asked: Sequence[Asked]) -> list[str]:
         return answers.most_common(1)[0][0] if answers else ""
 
     return [guess(one) for one in asked]
+
+
+def share_guessed(train: Sequence[Asked], asked: Sequence[Asked]) -> float:
+    """Share of answers that each question's most frequent training answer gets right."""
+    said = guessed(train, asked)
+    return round(sum(one.answer == guess for one, guess in zip(asked, said, strict=True)) / max(len(asked), 1), 4)
 
 
 def report(parts: Mapping[str, Sequence[Asked]]) -> dict[str, dict[str, dict[str, float | int]]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from maskft.data.collate import answer
 from maskft.data.easy_vqa import COLORS, INSTRUCTION, SHAPES, Part, described, load_easy_vqa
 from maskft.data.llava_folder import llava_row, write_rows
-from maskft.data.questions import Asked, guessed
+from maskft.data.questions import Asked, share_guessed
 from maskft.folders import refuse_existing, staged
 
 Split = Literal["official", "compositional"]
@@ -72,7 +72,7 @@ def write_easy_vqa(
         "images_of_unknown_pair": left_open,
         "pictures": {name: len({row["image"] for row in rows}) for name, rows in parts.items()},
         "questions": {name: len(rows) for name, rows in parts.items()},
-        "guessed": {name: _share_guessed(asked["train"], rows) for name, rows in asked.items() if name != "train"},
+        "guessed": {name: share_guessed(asked["train"], rows) for name, rows in asked.items() if name != "train"},
     }
     with staged(out) as folder:
         for image, path in sorted({row["image"]: row["path"] for rows in parts.values() for row in rows}.items()):
@@ -138,9 +138,3 @@ def _redrawn(row: dict[str, str], seed: int) -> dict[str, str]:
         return {**row, "answer": f"{words[0]} {draw.choice(COLORS)} {draw.choice(SHAPES)}."}
     sort = next(names for names in (COLORS, SHAPES, ("no", "yes")) if row["answer"] in names)
     return {**row, "answer": draw.choice(sort)}
-
-
-def _share_guessed(train: Sequence[Asked], asked: Sequence[Asked]) -> float:
-    """Share of answers that each question's most frequent training answer gets right."""
-    said = guessed(train, asked)
-    return round(sum(one.answer == guess for one, guess in zip(asked, said, strict=True)) / max(len(asked), 1), 4)
