@@ -2,6 +2,7 @@
 
     python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
     python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
+    python recipes/backbones/make.py captions data/shapes data/digits data/kinds --output data/captions.json
     python recipes/backbones/make.py small-pictures models/small-pictures-unaligned
     python recipes/backbones/make.py shallow models/small-pictures models/shallow-unhealed
     python recipes/backbones/make.py phi models/small-pictures models/phi-untrained
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 
 from maskft.data.easy_vqa import COLORS, INSTRUCTION, SHAPES
+from maskft.data.llava_folder import llava_row
 from maskft.folders import refuse_existing, staged
 from maskft.vlm.embedded import embedded_base
 
@@ -41,6 +43,7 @@ PHI = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+CAPTION = "Describe the image briefly."
 SIDE = 56
 """Pixels of a small picture's side: 4 x 4 patches."""
 
@@ -78,6 +81,36 @@ def rows(folders: Sequence[Path], *, asked: bool, seed: int = 0) -> list[dict[st
                 result.append(_conversation(f"{name}/asked", f"{folder.name}/{image}", pairs, draw))
     draw.shuffle(result)
     return result
+
+
+def captions(folders: Sequence[Path], *, seed: int = 0) -> list[dict[str, Any]]:
+    """A caption of each training picture of drawn shapes (theirs), digits and drawings (of their kind), shuffled.
+
+    Args:
+        folders: written by `maskft data`, all in one folder, which image paths become relative to.
+        seed: draws the order.
+    """
+    result = []
+    for folder in folders:
+        told: dict[str, tuple[str, str]] = {}
+        for row in json.loads((folder / "train.json").read_text()):
+            question, answer = (turn["value"] for turn in row["conversations"])
+            if said := _caption(row["id"], question, answer):
+                told[row["image"]] = (row["id"], said)
+        pairs = {image: (name, [(CAPTION, said)]) for image, (name, said) in told.items()}
+        result += [llava_row(f"{name}/caption", f"{folder.name}/{image}", one) for image, (name, one) in pairs.items()]
+    random.Random(seed).shuffle(result)
+    return result
+
+
+def _caption(name: str, question: str, answer: str) -> str | None:
+    """What a row of a data set says of its whole picture, as a sentence; None where it says nothing."""
+    if name.startswith("digits/"):
+        return f"The digit {answer}." if name.endswith("/which") else None
+    if "/belongs/" in name:
+        kind = question.partition('"')[2].partition('"')[0]
+        return f"A drawing of {kind.replace('_', ' ')}." if answer == "yes" else None
+    return answer
 
 
 def _about_shape(caption: str, draw: random.Random) -> list[Asked]:
@@ -183,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_rows.add_argument("folders", nargs="+", type=Path)
     of_rows.add_argument("--output", required=True, type=Path)
     of_rows.add_argument("--asked", action="store_true", help="also easy-VQA's questions about its images 0 to 1999")
+    of_captions = parts.add_parser("captions", help="join captions of shapes, digits and drawings into one file")
+    of_captions.add_argument("folders", nargs="+", type=Path)
+    of_captions.add_argument("--output", required=True, type=Path)
     of_shallow = parts.add_parser("shallow", help="a base with twenty of its language model's thirty layers")
     of_shallow.add_argument("base", type=Path)
     of_shallow.add_argument("output", type=Path)
@@ -193,8 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_pictures = parts.add_parser("small-pictures", help="the embedded base with 16 tokens an image")
     of_pictures.add_argument("output", type=Path)
     given = parser.parse_args(arguments)
-    if given.part == "rows":
-        made = rows(given.folders, asked=given.asked)
+    if given.part in ("rows", "captions"):
+        made = captions(given.folders) if given.part == "captions" else rows(given.folders, asked=given.asked)
         given.output.write_text(json.dumps(made, indent=1))
         sys.stdout.write(f"{given.output}: {len(made):,} conversations\n")
     elif given.part == "shallow":

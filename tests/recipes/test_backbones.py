@@ -46,8 +46,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setitem(make.PHI, "num_attention_heads", 4)
         make.main(["rows", "data/shapes", "data/pictures", "--output", "data/backbones.json"])
         make.main(["rows", "data/shapes", "data/pictures", "--output", "data/asked.json", "--asked"])
+        make.main(["captions", "data/shapes", "data/told", "--output", "data/captions.json"])
         make.main(["shallow", str(base), "models/shallow-unhealed", "--layers", "1"])
         make.main(["phi", str(base), "models/phi-untrained"])
+        (folder / "models" / "small-pictures").symlink_to(base)
     return folder
 
 
@@ -63,6 +65,12 @@ def write_data(folder: Path) -> None:
             llava(f"<image>\nIs this {n}?", "no", id=f"stamps/cat/there/{n}", image="cat.png") for n in range(6)
         ],
     }
+    written["told"] = [
+        llava("<image>\nWhich digit is this?", "7", id="digits/4/which", image="4.png"),
+        llava("<image>\nWhat is this digit plus 2?", "9", id="digits/4/plus", image="4.png"),
+        llava('<image>\nDoes this belong to the kind "big_cats"?', "yes", id="clipart/cat/belongs/0", image="cat.png"),
+        llava('<image>\nDoes this belong to the kind "food"?', "no", id="clipart/cat/belongs/1", image="cat.png"),
+    ]
     for name, rows in written.items():
         for row in rows:
             png(folder / name / str(row["image"]), "red")
@@ -116,6 +124,17 @@ def test_asked_rows_have_easy_vqas_questions_about_the_same_images_alone(place: 
     assert all(known[question] == answer for question, answer in asked_of)
 
 
+def test_captions_say_what_is_seen(place: Path) -> None:
+    rows = json.loads((place / "data" / "captions.json").read_text())
+    assert {(row["image"], row["conversations"][1]["value"]) for row in rows} == {
+        ("shapes/7.png", "A red circle."),
+        ("shapes/8.png", "A teal triangle."),
+        ("told/4.png", "The digit 7."),
+        ("told/cat.png", "A drawing of big cats."),
+    }
+    assert {row["conversations"][0]["value"] for row in rows} == {"<image>\nDescribe the image briefly."}
+
+
 def test_shallow_has_the_chosen_layers(place: Path) -> None:
     base = AutoModelForImageTextToText.from_pretrained(place / "base").model.language_model
     made = AutoModelForImageTextToText.from_pretrained(place / "models" / "shallow-unhealed").model.language_model
@@ -146,12 +165,12 @@ def test_a_folder_in_use_is_refused(place: Path) -> None:
         make.phi(place / "base", place / "models" / "phi-untrained")
 
 
-@pytest.mark.parametrize("name", ["shallow", "phi"])
+@pytest.mark.parametrize("name", ["shallow", "phi", "pictures"])
 def test_dry_run(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     seen = preview(load_recipe(BACKBONES / f"{name}.yaml"), Path("runs") / name)
     assert seen["missing"] == []
-    assert seen["train_examples"] == (3 if name == "shallow" else 5)
+    assert seen["train_examples"] == {"shallow": 3, "phi": 5, "pictures": 4}[name]
     model = load_skeleton(str(place / "models" / seen["recipe"]["model"]["base"]), dtype="bfloat16")
     vision = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" in name)
     assert seen["trainable_parameters"] == seen["base_parameters"] - vision
