@@ -129,3 +129,12 @@ def test_results_that_cannot_be_read(tmp_path: Path) -> None:
     made = trial.work(job(tmp_path / "j", parts=[], after={}))
     with pytest.raises(StudyError, match="chosen by accuracy"):
         made.value("accuracy")
+
+
+def test_the_peak_is_of_the_process_that_trained(tmp_path: Path) -> None:
+    first = trial._peak_of_training(tmp_path, finished=False)
+    assert first > 1e7
+    (tmp_path / "peak.json").write_text("5")
+    assert trial._peak_of_training(tmp_path, finished=True) == 5
+    assert trial._peak_of_training(tmp_path, finished=False) >= first
+    assert json.loads((tmp_path / "peak.json").read_text()) >= first

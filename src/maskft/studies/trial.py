@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 
 from maskft.errors import Paused, StudyError, UserError
 from maskft.recipe import Recipe, load_recipe
-from maskft.runs import LoadedRun, load_data, load_run, write_json
+from maskft.runs import METRICS, LoadedRun, load_data, load_run, write_json
 from maskft.studies.results import Part, Result, Score, Training, final_loss, packed_outcomes, write_result
 
 PAUSED, MISTAKE, FAULT = 3, 2, 1
@@ -82,8 +82,9 @@ def work(job: Job) -> Result:
     run = job.folder / "run"
     with _alone(job.folder):
         data = load_data(recipe)
+        finished = (run / METRICS).is_file()
         metrics = train(recipe, run, say=_say, parts=_watched(data, job.loss_rows) if watched else data)
-        peak = _peak_memory()
+        peak = _peak_of_training(job.folder, finished)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         parts = _answered(job, run, data)
@@ -223,6 +224,17 @@ def _kept(shared: Path, kind: str, recipe: Recipe, *parts: Any) -> Path:
     content = json.dumps([dumped.get(part, part) if isinstance(part, str) else part for part in parts], sort_keys=True)
     shared.mkdir(parents=True, exist_ok=True)
     return shared / f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+
+
+def _peak_of_training(folder: Path, finished: bool) -> int:
+    """Of this process, or where another one had `finished` the training, of that one."""
+    kept = folder / "peak.json"
+    if finished and kept.is_file():
+        found: int = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    peak = _peak_memory()
+    write_json(kept, peak)
+    return peak
 
 
 def _peak_memory() -> int:
