@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.maskft-setup
-PARTS := requirements/demo-parts.txt
+PARTS := requirements/demo-parts.txt requirements/data-parts.txt
 PINS := requirements/constraints.txt
 
 .PHONY: setup demo test test-slow studies-smoke test-browser lint bench stage1 tables audit docs notebook dist
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml $(PARTS) $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) torch==2.13.0
 	$(BIN)/python -m pip install --quiet --constraint $(PINS) --editable '.[demo,dev,quant,distributed,study,serve,docs,notebook]'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement $(PARTS)
+	$(BIN)/python -m pip install --quiet --no-deps $(PARTS:%=--requirement %)
 	touch $@
 
 demo: setup

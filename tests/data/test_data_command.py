@@ -65,6 +65,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
         (["stamps", "--split", "compositional"], "--split cannot be used with stamps"),
         (["easy-vqa", "--source", "x", "--test", "0.2"], "--source, --test cannot be used with easy-vqa"),
         (["digits", "--source", "x"], "--source cannot be used with digits"),
+        (["digits", "--test", "nan"], "validation is 0.05 and test nan; both must be above 0"),
         (["digits", "--test", "0.97"], "validation is 0.05 and test 0.97; both must be above 0"),
         (["stamps", "--questions", "kinds"], "there are no questions 'kinds'"),
         (["easy-vqa", "--labels", "rnd"], "--labels is 'rnd'; it must be true or random"),

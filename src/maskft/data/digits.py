@@ -1,5 +1,5 @@
-"""Handwritten digits with questions, of the scans that scikit-learn ships: 1,797 of 13 people's, the test part of UCI's
-"Optical Recognition of Handwritten Digits", 8 x 8 pixels each.
+"""Handwritten digits with questions: 1,797 scans of 8 x 8 pixels by 13 people, the test part of UCI's "Optical
+Recognition of Handwritten Digits", which scikit-learn ships.
 
     which       Which digit is this?                 one of ten
     is          Is this a 7?                         yes / no
@@ -53,14 +53,11 @@ def write_digits(
     scans, digits = _scans()
     order = list(range(len(digits)))
     random.Random(f"{seed}:scans").shuffle(order)
-    held = {"test": round(test * len(order)), "validation": round(validation * len(order))}
-    if min(held.values()) < 1 or sum(held.values()) >= len(order):
-        raise DataError(
-            f"validation is {validation} and test {test}; both must be above 0, and below 1 together, so that every "
-            "part has pictures."
-        )
-    first = held["test"] + held["validation"]
-    parts = {"train": order[first:], "validation": order[held["test"] : first], "test": order[: held["test"]]}
+    if not (validation > 0 and test > 0 and validation + test < 1 - 2 / len(order)):  # both may be rounded up
+        raise DataError(f"validation is {validation} and test {test}; both must be above 0, and below 1 together.")
+    of_test = max(1, round(test * len(order)))
+    held = of_test + max(1, round(validation * len(order)))
+    parts = {"train": order[held:], "validation": order[of_test:held], "test": order[:of_test]}
     asked = {name: _asked(chosen, digits, random.Random(f"{seed}:{name}")) for name, chosen in parts.items()}
     summary = {
         "collection": "digits",
