@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskft.data.easy_vqa import COLORS, INSTRUCTION, SHAPES
+from maskft.data.easy_vqa import COLORS, DESCRIBE, INSTRUCTION, SHAPES
 from maskft.data.llava_folder import llava_row
 from maskft.folders import refuse_existing, staged
 from maskft.vlm.embedded import embedded_base
@@ -43,7 +43,6 @@ PHI = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-CAPTION = "Describe the image briefly."
 SIDE = 56
 """Pixels of a small picture's side: 4 x 4 patches."""
 
@@ -92,13 +91,13 @@ def captions(folders: Sequence[Path], *, seed: int = 0) -> list[dict[str, Any]]:
     """
     result = []
     for folder in folders:
-        told: dict[str, tuple[str, str]] = {}
+        told: dict[str, dict[str, Any]] = {}
         for row in json.loads((folder / "train.json").read_text()):
             question, answer = (turn["value"] for turn in row["conversations"])
             if said := _caption(row["id"], question, answer):
-                told[row["image"]] = (row["id"], said)
-        pairs = {image: (name, [(CAPTION, said)]) for image, (name, said) in told.items()}
-        result += [llava_row(f"{name}/caption", f"{folder.name}/{image}", one) for image, (name, one) in pairs.items()]
+                image = row["image"]
+                told[image] = llava_row(f"{row['id']}/caption", f"{folder.name}/{image}", [(DESCRIBE, said)])
+        result += told.values()
     random.Random(seed).shuffle(result)
     return result
 
@@ -137,12 +136,11 @@ def _conversation(name: str, image: str, pairs: Iterable[Asked], draw: random.Ra
     """Some of the questions; to answer with a word is said once, as in LLaVA's data."""
     chosen = list(pairs)
     draw.shuffle(chosen)
-    turns: list[dict[str, str]] = []
+    turns: list[Asked] = []
     for question, answer in chosen[:TURNS]:
-        said = any(turn["value"].endswith(INSTRUCTION) for turn in turns)
-        text = question.removesuffix(INSTRUCTION) if said else question
-        turns += [{"from": "human", "value": text if turns else f"<image>\n{text}"}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": image, "conversations": turns}
+        said = any(asked.endswith(INSTRUCTION) for asked, _ in turns)
+        turns.append((question.removesuffix(INSTRUCTION) if said else question, answer))
+    return llava_row(name, image, turns)
 
 
 def shallow(base: Path, out: Path, layers: Sequence[int] = EVEN) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from maskft.compiling import compiled
 from maskft.gates import Gate
+from maskft.packing import from_bits, to_bits
 from maskft.scores import Dense, Layout, Parameters
 
 DENSE = Dense()
@@ -203,13 +204,11 @@ class _MaskedLinear(torch.autograd.Function):
         mask = replace(mask, parameters=parameters)
         if ranked := mask.ranked and mask.cache is None and any(ctx.needs_input_grad):
             kept = mask.gate.value(mask.offset(frozen), frozen).bool()
-            masked = (frozen * kept.to(frozen.dtype)).to(x.dtype)
-            kept = _packed(kept)
+            masked = _cut(frozen, kept, x.dtype)
         else:
             masked = masked_matrix(mask, frozen, x.dtype)
-        saved = [x, *([frozen] if ctx.kept else []), *([kept] if ranked else [])]
         ctx.ranked = ranked
-        ctx.save_for_backward(*saved, *parameters)
+        ctx.save_for_backward(x, *([frozen] if ctx.kept else []), *([to_bits(kept)] if ranked else []), *parameters)
         # data: of more than two dimensions the result is a view, which callers could not change in place
         return F.linear(x, _ordered(masked, frozen), _like(bias, x)).data
 
@@ -217,11 +216,11 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *parameters = ctx.saved_tensors
         weight = parameters.pop(0) if ctx.kept else ctx.weight()
-        kept = parameters.pop(0) if ctx.ranked else None
+        bits = parameters.pop(0) if ctx.ranked else None
         mask, dy = replace(ctx.mask, parameters=tuple(parameters)), grads[0].reshape(-1, grads[0].shape[-1])
         masked = None if mask.cache is None else masked_matrix(mask, weight, dy.dtype)
-        if kept is not None:
-            masked = (weight * _unpacked(kept, weight.shape).to(weight.dtype)).to(dy.dtype)
+        if bits is not None:
+            masked = _cut(weight, from_bits(bits), dy.dtype)
         scores: list[Tensor | None] = [None] * len(parameters)
         if any(ctx.needs_input_grad[4:]):
             dmasked = dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
@@ -294,19 +293,9 @@ def masked_and_gradient(dmasked: Tensor, weight: Tensor, offset: Tensor, gate: G
     return (m * weight).to(dmasked.dtype), gate.derivative(wide, weight, m) * weight * dmasked
 
 
-def _packed(kept: Tensor) -> Tensor:
-    """Bools of any shape, eight in a byte."""
-    eighths = F.pad(kept.flatten().view(torch.uint8), (0, -kept.numel() % 8)).view(8, -1)
-    packed = eighths[0].clone()
-    for position in range(1, 8):
-        packed |= eighths[position] << position
-    return packed
-
-
-def _unpacked(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The way back, as ones and zeros."""
-    eighths = torch.stack([(packed >> position) & 1 for position in range(8)])
-    return eighths.flatten()[: shape.numel()].view(shape)
+def _cut(weight: Tensor, kept: Tensor, dtype: torch.dtype) -> Tensor:
+    """W' in `dtype` of a binary mask, whose entries come flat or in W's shape, with spare ones at their end or none."""
+    return (weight * kept.flatten()[: weight.numel()].view_as(weight).to(weight.dtype)).to(dtype)
 
 
 def _flat(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -53,8 +53,10 @@ def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'stamp' is no collection.*Did you mean 'stamps'"):
         write_collection("stamp", tmp_path, tmp_path / "out")
-    with pytest.raises(DataError, match="both must be above 0"):
-        write_collection("stamps", stamps(tmp_path / "unpacked"), tmp_path / "out", test=0)
+    source = stamps(tmp_path / "unpacked")
+    for share in (0, float("nan")):
+        with pytest.raises(DataError, match="both must be above 0"):
+            write_collection("stamps", source, tmp_path / "out", test=share)
     assert not (tmp_path / "out").exists()
 
 

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from maskft.data import Collator, answer, image_key
+from maskft.data.easy_vqa import DESCRIBE
 from maskft.data.schema import image_part, text_part, turn
 from maskft.errors import RunError
 from maskft.evaluation.evaluate import question_text
 from maskft.runs import load_run
 
-PROMPT = "Describe the image briefly."
-"""Asked of every image, so that nothing but the image tells the attribute."""
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))
 """Of the ridge, in units of the features' variance times the examples."""
 LOOKS = (("image", "base"), ("image", "tuned"), ("last", "base"), ("last", "tuned"))
@@ -210,7 +209,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _row(image: Mapping[str, Any]) -> dict[str, Any]:
-    asked = turn("user", [image_part(), text_part(PROMPT)])
+    asked = turn("user", [image_part(), text_part(DESCRIBE)])  # of every image, so that it alone tells the attribute
     return {
         "id": "probe",
         "images": [image],

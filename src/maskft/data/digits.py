@@ -24,6 +24,7 @@ from PIL import Image
 
 from maskft.data.easy_vqa import INSTRUCTION
 from maskft.data.llava_folder import llava_row, write_rows
+from maskft.data.pictures import refuse_shares
 from maskft.data.questions import Asked, share_guessed
 from maskft.errors import DataError, MissingExtraError
 from maskft.folders import refuse_existing, staged
@@ -50,13 +51,12 @@ def write_digits(
         RunError: `out` is there already.
     """
     refuse_existing(out)
+    refuse_shares(validation, test)
     scans, digits = _scans()
     order = list(range(len(digits)))
     random.Random(f"{seed}:scans").shuffle(order)
-    if not (validation > 0 and test > 0 and validation + test < 1 - 2 / len(order)):  # both may be rounded up
-        raise DataError(f"validation is {validation} and test {test}; both must be above 0, and below 1 together.")
-    of_test = max(1, round(test * len(order)))
-    held = of_test + max(1, round(validation * len(order)))
+    of_test = min(max(1, round(test * len(order))), len(order) - 2)
+    held = min(of_test + max(1, round(validation * len(order))), len(order) - 1)
     parts = {"train": order[held:], "validation": order[of_test:held], "test": order[:of_test]}
     asked = {name: _asked(chosen, digits, random.Random(f"{seed}:{name}")) for name, chosen in parts.items()}
     summary = {

@@ -115,11 +115,7 @@ def gather_pictures(
     Raises:
         DataError: shares that leave nothing for training, or a part that would be empty.
     """
-    if min(validation, test) <= 0 or validation + test >= 1:
-        raise DataError(
-            f"validation is {validation} and test {test}; both must be above 0, and their sum below 1. "
-            "Give for example 0.1 and 0.25."
-        )
+    refuse_shares(validation, test)
     told = sorted((one for one in labelled if one.kind or one.title), key=lambda one: one.name)
     thinned = _thinned(told, seed)
     left_out = {"no label": len(labelled) - len(told), "long series": len(told) - len(thinned)}
@@ -150,6 +146,19 @@ def gather_pictures(
     parts = _split(pictures, {"test": test, "validation": validation}, seed)
     held_out = [*parts["validation"], *parts["test"]]
     return Pictures(parts, left_out, unreadable, _nearest(parts["train"], held_out))
+
+
+def refuse_shares(validation: float, test: float) -> None:
+    """Refuse shares of held-out parts that leave nothing for one of the three.
+
+    Raises:
+        DataError: they do, or one is not a number.
+    """
+    if not (validation > 0 and test > 0 and validation + test < 1):
+        raise DataError(
+            f"validation is {validation} and test {test}; both must be above 0, and their sum below 1. "
+            "Give for example 0.1 and 0.25."
+        )
 
 
 def _merged(same: Sequence[Picture]) -> Picture:

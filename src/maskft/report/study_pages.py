@@ -22,7 +22,18 @@ from markupsafe import Markup, escape
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.report.charts import WIDTH, intervals, line_chart, line_style
 from maskft.report.study_found import at_paper_scale, between_seeds, found_in_runs
-from maskft.report.study_rows import NOT_RUN, Row, estimate, judged, rows, shown, table, told_accuracy
+from maskft.report.study_rows import (
+    NOT_RUN,
+    Row,
+    estimate,
+    gap,
+    judged,
+    mean_accuracy,
+    rows,
+    shown,
+    table,
+    told_accuracy,
+)
 from maskft.report.study_summary import by_data
 from maskft.runs import write_atomically
 from maskft.studies.at_scale import PLAN
@@ -101,7 +112,7 @@ def _by_setting(kind: str, found: Sequence[Row]) -> dict[str, list[tuple[float, 
     for row in found:
         at = relative_step(row.results[0]) if kind == "rho" and row.results else row.cell.settings.get(kind)
         if isinstance(at, int | float) and (parts := judged(row)):
-            point = (math.log10(at) if kind == "rho" else float(at), estimate(parts)[0])
+            point = (math.log10(at) if kind == "rho" else float(at), mean_accuracy(parts))
             series.setdefault(" ".join(filter(None, row.cell.group)), []).append(point)
     return {name: sorted(points) for name, points in series.items()}
 
@@ -111,9 +122,8 @@ def _gaps(found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     series: dict[str, list[tuple[float, float]]] = {}
     for row in found:
         losses = [r.training.final_loss for r in row.results if r.training.final_loss is not None]
-        if losses and row.parts("train") and row.parts("test"):
-            gap = estimate(row.parts("train"))[0] - estimate(row.parts("test"))[0]
-            series.setdefault(" ".join(filter(None, row.cell.group)), []).append((statistics.mean(losses), gap))
+        if losses and (lost := gap(row)) is not None:
+            series.setdefault(" ".join(filter(None, row.cell.group)), []).append((statistics.mean(losses), lost))
     return {name: sorted(points) for name, points in series.items()}
 
 
@@ -170,7 +180,7 @@ def _table(study: Study, found: Sequence[Row]) -> list[str]:
     answered = [part for part in ("train", "validation", "test") if any(row.parts(part) for row in found)]
     head = ["variant", *(["data"] if study.data else []), *(key.rpartition(".")[2] for key in axes)]
     tuned = sorted({key for row in found for result in row.results for key in result.tuned})
-    gaps = any(row.parts("train") and row.parts("test") for row in found)
+    gaps = any(gap(row) is not None for row in found)
     peaks = any(result.best_epoch() is not None for row in found for result in row.results)
     measured = [
         *(key.rpartition(".")[2] for key in tuned),
@@ -195,7 +205,7 @@ def _table(study: Study, found: Sequence[Row]) -> list[str]:
             told = [
                 *(_tuned(row, key) for key in tuned),
                 *(told_accuracy(row.parts(part)) for part in answered),
-                *([_gap(row)] if gaps else []),
+                *(["" if (lost := gap(row)) is None else f"{100 * lost:+.1f}"] if gaps else []),
                 *([_peak(row)] if peaks else []),
                 *_costs(row),
             ]
@@ -222,12 +232,6 @@ def _costs(row: Row) -> list[str]:
         f"{statistics.median(one.peak_memory for one in trained) / 1e9:.2f} GB",
         f"{len(row.results)} of {row.seeds}" if len(row.results) < row.seeds else str(row.seeds),
     ]
-
-
-def _gap(row: Row) -> str:
-    if not row.parts("train") or not row.parts("test"):
-        return ""
-    return f"{100 * (estimate(row.parts('train'))[0] - estimate(row.parts('test'))[0]):+.1f}"
 
 
 def _peak(row: Row) -> str:

@@ -54,6 +54,17 @@ def judged(row: Row) -> list[Part]:
     return row.parts("test") or row.parts("validation")
 
 
+def mean_accuracy(parts: Sequence[Part]) -> float:
+    """Over the runs."""
+    return statistics.mean(part.tuned.accuracy for part in parts)
+
+
+def gap(row: Row) -> float | None:
+    """Mean accuracy in training minus in test; None where one of them was not answered."""
+    train, test = row.parts("train"), row.parts("test")
+    return mean_accuracy(train) - mean_accuracy(test) if train and test else None
+
+
 def estimate(parts: Sequence[Part]) -> tuple[float, float, float]:
     """Mean accuracy over runs with its 95 % interval."""
     if len(parts) == 1:
@@ -61,7 +72,7 @@ def estimate(parts: Sequence[Part]) -> tuple[float, float, float]:
         return score.accuracy, score.low, score.high
     scores = [part.scores() for part in parts]
     low, high = bootstrap_interval(scores, [f"{number:09d}" for number in range(len(scores[0]))])
-    return statistics.mean(part.tuned.accuracy for part in parts), low, high
+    return mean_accuracy(parts), low, high
 
 
 def told_accuracy(parts: Sequence[Part]) -> str:

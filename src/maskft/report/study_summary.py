@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from maskft.report.study_rows import NOT_RUN, Row, estimate, judged, shown, table
+from maskft.report.study_rows import NOT_RUN, Row, estimate, judged, mean_accuracy, shown, table
 from maskft.studies.definition import Study
 
 
@@ -51,7 +51,7 @@ def _trained(line: Sequence[Row]) -> str:
 def _best(column: Sequence[Row]) -> float | None:
     """The best mean, once every run is there."""
     complete = all(len(row.results) == row.seeds for row in column)
-    return max(estimate(judged(row))[0] for row in column) if complete else None
+    return max(mean_accuracy(judged(row)) for row in column) if complete else None
 
 
 def _cell(row: Row, best: float | None) -> str:
