@@ -2,7 +2,7 @@
 
     python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
     python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
-    python recipes/backbones/make.py captions data/shapes data/digits data/kinds --output data/captions.json
+    python recipes/backbones/make.py captions data/shapes data/digits data/drawings --output data/captions.json
     python recipes/backbones/make.py small-pictures models/small-pictures-unaligned
     python recipes/backbones/make.py shallow models/small-pictures models/shallow-unhealed
     python recipes/backbones/make.py phi models/small-pictures models/phi-untrained
@@ -83,33 +83,36 @@ def rows(folders: Sequence[Path], *, asked: bool, seed: int = 0) -> list[dict[st
 
 
 def captions(folders: Sequence[Path], *, seed: int = 0) -> list[dict[str, Any]]:
-    """A caption of each training picture of drawn shapes (theirs), digits and drawings (of their kind), shuffled.
+    """Captions of the training pictures of digits and drawings (of their kind), and conversations about every second
+    drawn shape, so that the base doesn't forget to answer what it is asked; shuffled.
 
     Args:
-        folders: written by `maskft data`, all in one folder, which image paths become relative to.
-        seed: draws the order.
+        folders: written by `maskft data`, all in one folder, which image paths become relative to. A folder given
+            several times is seen as often.
+        seed: draws the order and the questions about shapes.
     """
+    draw = random.Random(seed)
     result = []
     for folder in folders:
         told: dict[str, dict[str, Any]] = {}
+        talks: dict[str, dict[str, Any]] = {}
         for row in json.loads((folder / "train.json").read_text()):
+            image, name = f"{folder.name}/{row['image']}", f"{row['id']}/caption"
             question, answer = (turn["value"] for turn in row["conversations"])
-            if said := _caption(row["id"], question, answer):
-                image = row["image"]
-                told[image] = llava_row(f"{row['id']}/caption", f"{folder.name}/{image}", [(DESCRIBE, said)])
-        result += told.values()
-    random.Random(seed).shuffle(result)
+            if question.endswith(DESCRIBE):
+                talks[image] = _conversation(name, image, _about_shape(answer, draw), draw)
+            elif said := _caption(row["id"], answer):
+                told[image] = llava_row(name, image, [(DESCRIBE, said)])
+        result += [*told.values(), *list(talks.values())[::2]]
+    draw.shuffle(result)
     return result
 
 
-def _caption(name: str, question: str, answer: str) -> str | None:
-    """What a row of a data set says of its whole picture, as a sentence; None where it says nothing."""
+def _caption(name: str, answer: str) -> str | None:
+    """What a row says of its whole picture, as a sentence; None where it says nothing."""
     if name.startswith("digits/"):
         return f"The digit {answer}." if name.endswith("/which") else None
-    if "/belongs/" in name:
-        kind = question.partition('"')[2].partition('"')[0]
-        return f"A drawing of {kind.replace('_', ' ')}." if answer == "yes" else None
-    return answer
+    return f"A drawing of {answer}." if "/label/" in name else None
 
 
 def _about_shape(caption: str, draw: random.Random) -> list[Asked]:

@@ -167,6 +167,21 @@ def test_chosen_questions_alone(tmp_path: Path) -> None:
     assert {row["id"].split("/")[-2] for row in json.loads((out / "train.json").read_text())} == {"belongs"}
 
 
+def test_the_kind_in_words_is_asked_for_by_name_alone(tmp_path: Path) -> None:
+    source, out = stamps(tmp_path / "unpacked"), tmp_path / "out"
+    assert "label" not in write_collection("stamps", source, tmp_path / "all")["questions"]["train"]
+    write_collection("stamps", source, out, types=["label", "belongs"])
+    rows = json.loads((out / "train.json").read_text())
+    labels = [row for row in rows if "/label/" in row["id"]]
+    kinds = {row["image"]: row["conversations"][1]["value"] for row in labels}
+    assert len(kinds) == len(labels)
+    assert set(kinds.values()) == {"animals", "food"}
+    own = [row for row in rows if "/belongs/" in row["id"] and row["conversations"][1]["value"] == "yes"]
+    assert own
+    for row in own:
+        assert row["conversations"][0]["value"].split('"')[1] == kinds[row["image"]]
+
+
 def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "data", "digits", "--output", tmp_path / "out", "--seed", "1") == 0
     assert "digits" in capsys.readouterr().out

@@ -68,8 +68,7 @@ def write_data(folder: Path) -> None:
     written["told"] = [
         llava("<image>\nWhich digit is this?", "7", id="digits/4/which", image="4.png"),
         llava("<image>\nWhat is this digit plus 2?", "9", id="digits/4/plus", image="4.png"),
-        llava('<image>\nDoes this belong to the kind "big_cats"?', "yes", id="clipart/cat/belongs/0", image="cat.png"),
-        llava('<image>\nDoes this belong to the kind "food"?', "no", id="clipart/cat/belongs/1", image="cat.png"),
+        llava("<image>\nWhat kind of thing is this?", "big cats", id="clipart/cat/label/0", image="cat.png"),
     ]
     for name, rows in written.items():
         for row in rows:
@@ -126,13 +125,20 @@ def test_asked_rows_have_easy_vqas_questions_about_the_same_images_alone(place: 
 
 def test_captions_say_what_is_seen(place: Path) -> None:
     rows = json.loads((place / "data" / "captions.json").read_text())
-    assert {(row["image"], row["conversations"][1]["value"]) for row in rows} == {
-        ("shapes/7.png", "A red circle."),
-        ("shapes/8.png", "A teal triangle."),
+    shapes = [row for row in rows if row["image"].startswith("shapes/")]
+    told = [row for row in rows if row not in shapes]
+    assert {(row["image"], row["conversations"][1]["value"]) for row in told} == {
         ("told/4.png", "The digit 7."),
         ("told/cat.png", "A drawing of big cats."),
     }
-    assert {row["conversations"][0]["value"] for row in rows} == {"<image>\nDescribe the image briefly."}
+    assert {row["conversations"][0]["value"] for row in told} == {"<image>\nDescribe the image briefly."}
+    (every_second,) = shapes
+    assert len(every_second["conversations"]) == 2 * make.TURNS
+
+
+def test_a_folder_given_twice_is_seen_twice(place: Path) -> None:
+    folder = place / "data" / "told"
+    assert len(make.captions([folder, folder])) == 2 * len(make.captions([folder]))
 
 
 def test_shallow_has_the_chosen_layers(place: Path) -> None:

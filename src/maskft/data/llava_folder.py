@@ -14,7 +14,7 @@ from typing import Any
 
 from maskft.data.labels import read_clipart, read_stamps
 from maskft.data.pictures import Labelled, gather_pictures
-from maskft.data.questions import TYPES, ask, report
+from maskft.data.questions import ALL_TYPES, TYPES, ask, report
 from maskft.errors import DataError, did_you_mean
 from maskft.folders import staged
 
@@ -57,7 +57,7 @@ def write_collection(
         source: / or a folder that the Debian packages were unpacked into.
         validation, test: shares of the pictures.
         size: longest side of a written picture, in pixels.
-        types: of the questions, some of `maskft.data.questions.TYPES`.
+        types: of the questions, some of `maskft.data.questions.ALL_TYPES`.
         seed: of everything that is drawn.
 
     Raises:
@@ -68,10 +68,9 @@ def write_collection(
         raise DataError(
             f"'{kind}' is no collection; it must be {' or '.join(COLLECTIONS)}.{did_you_mean(kind, COLLECTIONS)}"
         )
-    if unknown := [name for name in types if name not in TYPES]:
-        raise DataError(
-            f"there are no questions '{unknown[0]}'; there are {', '.join(TYPES)}.{did_you_mean(unknown[0], TYPES)}"
-        )
+    if unknown := [name for name in types if name not in ALL_TYPES]:
+        meant = did_you_mean(unknown[0], ALL_TYPES)
+        raise DataError(f"there are no questions '{unknown[0]}'; there are {', '.join(ALL_TYPES)}.{meant}")
     labelled = COLLECTIONS[kind](source)
     with staged(out) as folder:
         pictures = gather_pictures(labelled, validation=validation, test=test, size=size, seed=seed, progress=progress)

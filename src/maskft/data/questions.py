@@ -5,6 +5,7 @@
     name        Which of these is it? Four titles are offered.      a letter
     there       Is there a brown hen in the picture?                yes / no
     belongs     Does this belong to the kind "animals"?             yes / no
+    label       What kind of thing is this?                         the kind; only where asked for by name
 
 Of `there` and `belongs`, the same question is asked as often about a picture where the answer is no as where it is yes.
 Of `kind` and `name`, what is right for one picture is offered three times where it is wrong.
@@ -22,6 +23,7 @@ from maskft.data.pictures import Labelled
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 TYPES = ("what", "kind", "name", "there", "belongs")
+ALL_TYPES = (*TYPES, "label")
 _OPTIONS = 4
 
 
@@ -31,7 +33,7 @@ class Asked:
 
     Attributes:
         picture: the picture's name.
-        type: one of TYPES, or of another data set's.
+        type: one of ALL_TYPES, or of another data set's.
         question: its text, with the instruction how to answer.
         answer: the right one.
         options: what is offered, in the order of the letters; empty where nothing is.
@@ -58,7 +60,14 @@ def ask(labels: Sequence[Labelled], *, types: Sequence[str] = TYPES, seed: int =
     asked += _choices(even, "kind", "Which kind of thing is this?", lambda one: str(one.kind), _other_kind, draw)
     asked += _choices(named, "name", "Which of these is it?", lambda one: str(one.title), _unlike, draw)
     draw.shuffle(asked)
-    return [one for one in asked if one.type in types]
+    stem = f"What kind of thing is this?{INSTRUCTION}"
+    labelled = [Asked(one.name, "label", stem, _words(one)) for one in sorted_out]
+    draw.shuffle(labelled)
+    return [one for one in asked + labelled if one.type in types]
+
+
+def _words(one: Labelled) -> str:
+    return str(one.kind).replace("_", " ")
 
 
 def _unlike(one: Labelled, other: Labelled) -> bool:
@@ -187,7 +196,7 @@ def report(parts: Mapping[str, Sequence[Asked]]) -> dict[str, dict[str, dict[str
         for one, said in zip(asked, guessed(train, asked), strict=True):
             hits[one.type].append(one.answer == said)
         found[part] = {}
-        for type_ in (name for name in TYPES if name in hits):
+        for type_ in (name for name in ALL_TYPES if name in hits):
             own = [one for one in asked if one.type == type_]
             row: dict[str, float | int] = {"questions": len(own), "pictures": len({one.picture for one in own})}
             row |= {"chance": chance[type_]} if type_ in chance else {}
