@@ -65,7 +65,7 @@ stage1: setup
 		../../src/maskft/vlm/assets/
 
 tables: setup
-	$(BIN)/python -m maskft.report.results readme studies/quickstart README.md
+	$(BIN)/python -m maskft.report.results readme studies README.md
 
 # The pages as a site that any web server can offer; needs no network.
 docs: setup

@@ -7,14 +7,34 @@ from pathlib import Path
 import pytest
 
 from maskft.errors import RunError
-from maskft.report.results import keep, quickstart_table, results, with_table
+from maskft.report.results import comparison_table, keep, quickstart_table, results, with_table, with_tables
+from maskft.studies.definition import load_study
+from maskft.studies.results import read_results, write_named
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_readme_shows_the_committed_results() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert with_table(readme, quickstart_table(results(ROOT / "studies" / "quickstart"))) == readme
+    assert with_tables(readme, ROOT / "studies") == readme
+
+
+def test_the_comparison_shows_only_what_has_every_seed(tmp_path: Path) -> None:
+    study = load_study(ROOT / "studies" / "compare.yaml")
+    one = next(r for r in read_results(ROOT / "studies" / "compare" / "results") if r.stage == "run")
+    (tmp_path / "compare.yaml").write_text((ROOT / "studies" / "compare.yaml").read_text())
+    folder = tmp_path / "compare" / "results"
+    for seed in study.seeds:
+        assert comparison_table(tmp_path / "compare.yaml") == ""
+        write_named(folder, one.model_copy(update={"variant": "lora", "settings": {}, "seed": seed}))
+    lines = comparison_table(tmp_path / "compare.yaml").splitlines()
+    assert lines[0] == f"| method | trained | {one.data} |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| base, not trained",
+        "| best guess without the image",
+        "| lora",
+    ]
+    assert "**" not in lines[-1]  # the best is only known once all have been run
 
 
 def test_every_claim_of_quality_has_three_seeds() -> None:
@@ -48,7 +68,7 @@ def test_a_table_is_made_of_its_results() -> None:
 
 def test_readme_without_markers_is_refused() -> None:
     with pytest.raises(RunError, match="<!-- results -->"):
-        with_table("# title\n", "| a |\n")
+        with_table("# title\n", "results", "| a |\n")
 
 
 def test_a_run_without_test_result_is_not_kept(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def rows(folders: Sequence[Path], *, asked: bool, seed: int = 0) -> list[dict[st
 
 
 def captions(folders: Sequence[Path], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Captions of the training pictures of digits and drawings (of their kind), and conversations about every second
-    drawn shape, so that the base doesn't forget to answer what it is asked; shuffled.
+    """A caption of each training picture of digits and drawings (of their kind), and a question about each drawn shape,
+    so that the base doesn't forget to answer what it is asked; shuffled.
 
     Args:
         folders: written by `maskft data`, all in one folder, which image paths become relative to. A folder given
@@ -95,15 +95,14 @@ def captions(folders: Sequence[Path], *, seed: int = 0) -> list[dict[str, Any]]:
     result = []
     for folder in folders:
         told: dict[str, dict[str, Any]] = {}
-        talks: dict[str, dict[str, Any]] = {}
         for row in json.loads((folder / "train.json").read_text()):
             image, name = f"{folder.name}/{row['image']}", f"{row['id']}/caption"
             question, answer = (turn["value"] for turn in row["conversations"])
             if question.endswith(DESCRIBE):
-                talks[image] = _conversation(name, image, _about_shape(answer, draw), draw)
+                told[image] = llava_row(name, image, [draw.choice(_about_shape(answer, draw))])
             elif said := _caption(row["id"], answer):
                 told[image] = llava_row(name, image, [(DESCRIBE, said)])
-        result += [*told.values(), *list(talks.values())[::2]]
+        result += told.values()
     draw.shuffle(result)
     return result
 

@@ -1,7 +1,7 @@
-"""Results as committed: one JSON file a run, under `studies/`, and the README's table made of them.
+"""Results as committed: one JSON file a run, under `studies/`, and the README's tables made of them.
 
 python -m maskft.report.results keep runs/demo studies/quickstart/normalized-seed0.json
-python -m maskft.report.results readme studies/quickstart README.md
+python -m maskft.report.results readme studies README.md
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import RunError
+from maskft.report.study_rows import rows
+from maskft.report.study_summary import finished
 from maskft.runs import read_metrics, run_recipe, write_atomically, write_json
+from maskft.studies.definition import load_study
+from maskft.studies.results import read_results
 
-_BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+_BLOCK = r"(<!-- {0} -->\n).*?(<!-- /{0} -->)"
 
 
 def keep(run: Path, out: Path) -> None:
@@ -65,16 +69,31 @@ def quickstart_table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, table: str) -> str:
-    """`readme` with the text between its results markers replaced.
+def comparison_table(study: Path) -> str:
+    """Markdown table of a study's file: what has been run with every seed, by method and data set."""
+    defined = load_study(study)
+    done = read_results(study.with_suffix("") / "results")
+    return "".join(f"{line}\n" for line in finished(defined, rows(defined, done)))
+
+
+def with_table(readme: str, name: str, table: str) -> str:
+    """`readme` with the text between the markers of that name replaced.
 
     Raises:
         RunError: there are no markers.
     """
-    replaced, count = _BLOCK.subn(lambda match: match[1] + table + match[2], readme)
+    replaced, count = re.subn(
+        _BLOCK.format(name), lambda match: match[1] + table + match[2], readme, flags=re.DOTALL
+    )
     if count != 1:
-        raise RunError("expected one block between <!-- results --> and <!-- /results -->.")
+        raise RunError(f"expected one block between <!-- {name} --> and <!-- /{name} -->.")
     return replaced
+
+
+def with_tables(readme: str, studies: Path) -> str:
+    """`readme` with the tables of the quick start and of the comparison."""
+    told = with_table(readme, "results", quickstart_table(results(studies / "quickstart")))
+    return with_table(told, "compare", comparison_table(studies / "compare.yaml"))
 
 
 def _percent(share: float) -> str:
@@ -88,9 +107,7 @@ def main(arguments: Sequence[str]) -> None:
         keep(Path(source), Path(target))
     else:
         readme = Path(target)
-        write_atomically(
-            readme, with_table(readme.read_text(encoding="utf-8"), quickstart_table(results(Path(source))))
-        )
+        write_atomically(readme, with_tables(readme.read_text(encoding="utf-8"), Path(source)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from maskft.report.study_rows import NOT_RUN, Row, estimate, judged, mean_accuracy, shown, table
 from maskft.studies.definition import Study
@@ -18,29 +18,47 @@ def by_data(study: Study, found: Sequence[Row]) -> list[str]:
     Returns:
         Its lines; none where the study has one data set only.
     """
-    if len(study.data) < 2:
-        return []
-    columns = [[row for row in found if row.cell.data == name] for name in study.data]
-    methods: dict[str, list[Row]] = {}
-    for row in found:
-        methods.setdefault(json.dumps([row.cell.variant, row.cell.settings]), []).append(row)
+    return _summary(list(study.data), found, found) if len(study.data) > 1 else []
+
+
+def finished(study: Study, found: Sequence[Row]) -> list[str]:
+    """As `by_data`, but only what has been run with every seed; no lines where nothing has.
+
+    Args:
+        found: all lines of the study.
+    """
+    done = [row for row in found if len(row.results) == row.seeds]
+    names = [name for name in study.data or [""] if any(row.cell.data == name for row in done)]
+    return _summary(names, done, found) if done else []
+
+
+def _summary(names: Sequence[str], told: Sequence[Row], found: Sequence[Row]) -> list[str]:
+    """The table of data sets `names` and lines `told`; what is best is asked of all lines, `found`."""
+    methods: dict[str, dict[str, Row]] = {}
+    for row in told:
+        methods.setdefault(json.dumps([row.cell.variant, row.cell.settings]), {})[row.cell.data] = row
+    columns = [[row for row in found if row.cell.data == name] for name in names]
     first = [next(iter(part for row in column for part in judged(row)), None) for column in columns]
-    best = [_best(column) for column in columns]
+    best = dict(zip(names, map(_best, columns), strict=True))
     return table(
-        ["method", "trained", *study.data],
+        ["method", "trained", *names],
         [
             ["base, not trained", "", *("" if part is None else _percent(part.base.accuracy) for part in first)],
             ["best guess without the image", "", *("" if p is None else _percent(p.blind.accuracy) for p in first)],
-            *([_name(line[0]), _trained(line), *map(_cell, line, best)] for line in methods.values()),
+            *(
+                [_name(line), _trained(line.values()), *(_cell(line.get(name), best[name]) for name in names)]
+                for line in methods.values()
+            ),
         ],
     )
 
 
-def _name(row: Row) -> str:
+def _name(line: Mapping[str, Row]) -> str:
+    row = next(iter(line.values()))
     return " ".join([row.cell.variant, *map(shown, row.cell.settings.values())])
 
 
-def _trained(line: Sequence[Row]) -> str:
+def _trained(line: Iterable[Row]) -> str:
     """How many parameters were trained, as a share of the base's."""
     done = next(iter(result.training for row in line for result in row.results), None)
     if done is None:
@@ -54,8 +72,8 @@ def _best(column: Sequence[Row]) -> float | None:
     return max(mean_accuracy(judged(row)) for row in column) if complete else None
 
 
-def _cell(row: Row, best: float | None) -> str:
-    if not judged(row):
+def _cell(row: Row | None, best: float | None) -> str:
+    if row is None or not judged(row):
         return NOT_RUN
     mean, low, high = estimate(judged(row))
     text = f"**{_percent(mean)}**" if mean == best else _percent(mean)
