@@ -11,6 +11,7 @@ import torch
 from maskft.data import Collator
 from maskft.data.images import image_names
 from maskft.evaluation.prefix import share_prefix
+from maskft.evaluation.products import cached_products
 from maskft.memory import cached_weights
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -41,7 +42,7 @@ def generate_answers(
     first: dict[Hashable, int] = {}
     order = sorted(range(len(rows)), key=lambda i: first.setdefault(images[i], i))
     answers = [""] * len(rows)
-    with torch.inference_mode(), cached_weights(model), _head_on_contiguous_rows(model):
+    with torch.inference_mode(), cached_weights(model), cached_products(model), _head_on_contiguous_rows(model):
         for start in progress(range(0, len(rows), batch_size)):
             chosen = order[start : start + batch_size]
             batch = collator.prompts([rows[i] for i in chosen])

@@ -82,9 +82,7 @@ def with_table(readme: str, name: str, table: str) -> str:
     Raises:
         RunError: there are no markers.
     """
-    replaced, count = re.subn(
-        _BLOCK.format(name), lambda match: match[1] + table + match[2], readme, flags=re.DOTALL
-    )
+    replaced, count = re.subn(_BLOCK.format(name), lambda match: match[1] + table + match[2], readme, flags=re.DOTALL)
     if count != 1:
         raise RunError(f"expected one block between <!-- {name} --> and <!-- /{name} -->.")
     return replaced
