@@ -65,6 +65,18 @@ def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert second.overrides == ["method.memory=balanced"]
 
 
+def test_a_run_begun_otherwise_is_set_aside(tmp_path: Path) -> None:
+    given = job(tmp_path, after={}, parts=[])
+    trial.work(given)
+    before = (tmp_path / "trial" / "run" / "recipe.yaml").read_text()
+    result = trial.work(given.model_copy(update={"loss_every": 1}))
+    assert any("eval_loss" in entry for entry in result.log)
+    assert (tmp_path / "trial" / "run.1" / "recipe.yaml").read_text() == before
+    (tmp_path / "trial" / "run" / "metrics.json").unlink()  # as if it had been killed
+    trial.work(given)
+    assert sorted(path.name for path in (tmp_path / "trial").glob("run*")) == ["run", "run.1"]
+
+
 def test_data_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = job(tmp_path, parts=["validation", "test"], train_questions=2, after={})
     read = []

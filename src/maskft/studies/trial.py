@@ -17,6 +17,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 
 from maskft.errors import Paused, StudyError, UserError
 from maskft.recipe import Recipe, load_recipe
-from maskft.runs import METRICS, LoadedRun, load_data, load_run, write_json
+from maskft.runs import METRICS, RECIPE, LoadedRun, load_data, load_run, run_recipe, write_json
 from maskft.studies.results import Part, Result, Score, Training, final_loss, packed_outcomes, write_result
 
 PAUSED, MISTAKE, FAULT = 3, 2, 1
@@ -82,6 +83,7 @@ def work(job: Job) -> Result:
     run = job.folder / "run"
     with _alone(job.folder):
         data = load_data(recipe)
+        _make_room(run, recipe)
         finished = (run / METRICS).is_file()
         metrics = train(recipe, run, say=_say, parts=_watched(data, job.loss_rows) if watched else data)
         peak = _peak_of_training(job.folder, finished)
@@ -110,6 +112,16 @@ def work(job: Job) -> Result:
     )
     write_result(job.folder / RESULT, result)
     return result
+
+
+def _make_room(run: Path, recipe: Recipe) -> None:
+    """Set aside a run of the same cell that was made otherwise: in a folder since moved, or measured in another way.
+    One that did not come to its end is removed."""
+    if (run / RECIPE).is_file() and run_recipe(run) != recipe:
+        if (run / METRICS).is_file():
+            run.rename(run.with_name(f"{run.name}.{1 + len(list(run.parent.glob(run.name + '.*')))}"))
+        else:
+            shutil.rmtree(run)
 
 
 def portable(tree: Any) -> Any:
