@@ -19,7 +19,8 @@ from torch import Tensor
 def cached_products(model: Any) -> Iterator[None]:
     """Keep what HiRA layers add to their weights for the duration of the block, in which nothing may be trained.
 
-    It takes four bytes a weight. Layers that are merged, disabled, quantised or drop inputs are left as they are.
+    It takes four bytes a weight, as training does, which keeps the products for its backward pass. Layers that are
+    merged, disabled, quantised or drop inputs are left as they are.
     """
     changed = [layer for layer in model.modules() if _adds_product(layer)]
     for layer in changed:
