@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from .conftest import QUICKSTART, FrozenWatch, short_recipe
 def test_the_run_folder_holds_recipe_environment_adapter_log_and_metrics(run: Path) -> None:
     assert load_recipe(run / "recipe.yaml") == short_recipe()
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")  # which may lack the build that torch tells, "+cu130"
     trained = json.loads((run / "metrics.json").read_text())["train"]
     assert trained["steps"] == 8
     assert trained["seconds"] > 0
