@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_rows.add_argument("folders", nargs="+", type=Path)
     of_rows.add_argument("--output", required=True, type=Path)
     of_rows.add_argument("--asked", action="store_true", help="also easy-VQA's questions about its images 0 to 1999")
-    of_captions = parts.add_parser("captions", help="join captions of shapes, digits and drawings into one file")
+    of_captions = parts.add_parser("captions", help="captions of pictures and questions about shapes, in one file")
     of_captions.add_argument("folders", nargs="+", type=Path)
     of_captions.add_argument("--output", required=True, type=Path)
     of_shallow = parts.add_parser("shallow", help="a base with twenty of its language model's thirty layers")
