@@ -69,12 +69,14 @@ def test_a_run_begun_otherwise_is_set_aside(tmp_path: Path) -> None:
     given = job(tmp_path, after={}, parts=[])
     trial.work(given)
     before = (tmp_path / "trial" / "run" / "recipe.yaml").read_text()
+    (tmp_path / "trial" / "run.2").mkdir()  # an earlier one, of which somebody removed the first
+    (tmp_path / "trial" / "run.2" / "recipe.yaml").touch()
     result = trial.work(given.model_copy(update={"loss_every": 1}))
     assert any("eval_loss" in entry for entry in result.log)
     assert (tmp_path / "trial" / "run.1" / "recipe.yaml").read_text() == before
     (tmp_path / "trial" / "run" / "metrics.json").unlink()  # as if it had been killed
     trial.work(given)
-    assert sorted(path.name for path in (tmp_path / "trial").glob("run*")) == ["run", "run.1"]
+    assert sorted(path.name for path in (tmp_path / "trial").glob("run*")) == ["run", "run.1", "run.2"]
 
 
 def test_data_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,11 +116,10 @@ def work(job: Job) -> Result:
 
 
 def _make_room(run: Path, recipe: Recipe) -> None:
-    """Set aside a run of the same cell that was made otherwise: in a folder since moved, or measured in another way.
-    One that did not come to its end is removed."""
+    """Set aside a run of the same cell that was made or measured otherwise; one that did not end is removed."""
     if (run / RECIPE).is_file() and run_recipe(run) != recipe:
         if (run / METRICS).is_file():
-            run.rename(run.with_name(f"{run.name}.{1 + len(list(run.parent.glob(run.name + '.*')))}"))
+            run.rename(next(free for n in count(1) if not (free := run.with_name(f"{run.name}.{n}")).exists()))
         else:
             shutil.rmtree(run)
 
