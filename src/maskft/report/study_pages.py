@@ -86,7 +86,8 @@ def picture(study: Study, found: Sequence[Row]) -> str:
     """The study's plot as an SVG file's content; empty where there is nothing to draw."""
     kind = study.plot
     if kind is None:
-        bars = [(row.name, *estimate(parts)) for row in found if (parts := judged(row))]
+        together = sorted(found, key=lambda row: [*study.data, ""].index(row.cell.data))  # what has the same questions
+        bars = [(row.name, *estimate(parts)) for row in together if (parts := judged(row))]
         return _standalone(intervals(study.title, bars, x="accuracy"), [])
     if kind == "step":
         logs = {row.name: [_points(result.log, "loss") for result in row.results] for row in found if row.results}
