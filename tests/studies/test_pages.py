@@ -156,6 +156,13 @@ def test_pictures(tmp_path: Path, plot: str | None) -> None:
     assert {"step": "training loss", "gap": "minus", "drift": "correlation"}.get(plot or "", "accuracy") in texts
 
 
+def test_a_picture_has_what_answered_the_same_questions_together(tmp_path: Path) -> None:
+    found = pages(tmp_path, [result(v, 0, data=d) for v in "ab" for d in ("y", "x")], data={"y": {}, "x": {}})
+    told = [f"<title>{variant} {data}: " for data in "yx" for variant in "ab"]
+    places = [found["s.svg"].index(text) for text in told]
+    assert places == sorted(places)
+
+
 def test_a_study_without_results_has_a_page(tmp_path: Path) -> None:
     found = pages(tmp_path, [])
     assert list(found) == ["s.md"]

@@ -86,7 +86,7 @@ def picture(study: Study, found: Sequence[Row]) -> str:
     """The study's plot as an SVG file's content; empty where there is nothing to draw."""
     kind = study.plot
     if kind is None:
-        together = sorted(found, key=lambda row: [*study.data, ""].index(row.cell.data))  # what has the same questions
+        together = [row for data in study.data or [""] for row in found if row.cell.data == data]
         bars = [(row.name, *estimate(parts)) for row in together if (parts := judged(row))]
         return _standalone(intervals(study.title, bars, x="accuracy"), [])
     if kind == "step":
