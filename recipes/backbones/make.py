@@ -3,7 +3,7 @@
     python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
     python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
     python recipes/backbones/make.py captions data/shapes data/digits data/drawings --output data/captions.json
-    python recipes/backbones/make.py small-pictures models/small-pictures-unaligned
+    python recipes/backbones/make.py small-pictures models/small-pictures --projector FILE
     python recipes/backbones/make.py shallow models/small-pictures models/shallow-unhealed
     python recipes/backbones/make.py phi models/small-pictures models/phi-untrained
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from maskft.data.easy_vqa import COLORS, DESCRIBE, INSTRUCTION, SHAPES
@@ -182,10 +183,13 @@ def phi(base: Path, out: Path, seed: int = 0) -> None:
     _write(model, processor, out)
 
 
-def small_pictures(out: Path, side: int = SIDE) -> None:
-    """The embedded base with pictures of `side` x `side` pixels, a multiple of its patches'."""
+def small_pictures(out: Path, projector: Path | None = None, side: int = SIDE) -> None:
+    """The embedded base with pictures of `side` x `side` pixels, a multiple of its patches', and with the projector of
+    a file, if one is given."""
     refuse_existing(out)
     model, processor = _loaded(embedded_base())
+    if projector is not None:
+        model.model.multi_modal_projector.load_state_dict(load_file(projector))
     pictures, square = processor.image_processor, {"height": side, "width": side}
     if pictures.size.get("shortest_edge"):  # resized by that edge, then cut to a square
         pictures.size, pictures.crop_size = {"shortest_edge": side}, square
@@ -228,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_phi.add_argument("output", type=Path)
     of_pictures = parts.add_parser("small-pictures", help="the embedded base with 16 tokens an image")
     of_pictures.add_argument("output", type=Path)
+    of_pictures.add_argument("--projector", type=Path, help="what stage 1 has learnt; default: the embedded base's own")
     given = parser.parse_args(arguments)
     if given.part in ("rows", "captions"):
         made = captions(given.folders) if given.part == "captions" else rows(given.folders, asked=given.asked)
@@ -236,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif given.part == "shallow":
         shallow(given.base, given.output, given.layers)
     elif given.part == "small-pictures":
-        small_pictures(given.output)
+        small_pictures(given.output, given.projector)
     else:
         phi(given.base, given.output)
 

@@ -14,9 +14,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from maskft.data.easy_vqa import COLORS, INSTRUCTION
 from maskft.errors import RunError
+from maskft.fingerprint import fingerprint
 from maskft.preview import preview
 from maskft.recipe import load_recipe
-from maskft.vlm.load import load_skeleton
+from maskft.vlm.load import load_model, load_skeleton
 from tests.data.helpers import llava, png
 from tests.recipes.shrunken import ROOT, shrunken_base
 
@@ -194,3 +195,11 @@ def test_small_pictures_have_few_tokens(place: Path, monkeypatch: pytest.MonkeyP
     encoded = processor(text="<image>", images=Image.new("RGB", (80, 60)), return_tensors="pt")
     assert encoded["pixel_values"].shape[-2:] == (56, 56)
     assert (encoded["input_ids"] == processor.image_token_id).sum() == model.config.image_seq_length
+
+
+def test_the_shipped_projector_makes_the_base_of_the_studies(tmp_path: Path) -> None:
+    shipped = BACKBONES / "small-pictures" / "projector.safetensors"
+    make.main(["small-pictures", str(tmp_path / "small"), "--projector", str(shipped)])
+    model = load_model(str(tmp_path / "small"), dtype="bfloat16")
+    made = fingerprint(dict(model.named_parameters()))
+    assert made == "e3ee1ff2d162b36e2441c2cd4596cc5e9d1ee12a2ec0f9aac410e7a3f77cba93"  # base_fingerprint of results

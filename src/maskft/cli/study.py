@@ -25,6 +25,7 @@ def run(
     storage: str | None,
     toy: bool,
     trials: int | None,
+    known: Path | None,
     page: Path | None,
     heartbeat: int,
     as_json: bool,
@@ -44,7 +45,14 @@ def run(
     try:
         with bar() as told:
             outcome = run_study(
-                file, folder, storage=storage, toy=toy, trials=trials, heartbeat=heartbeat, progress=told
+                file,
+                folder,
+                storage=storage,
+                toy=toy,
+                trials=trials,
+                heartbeat=heartbeat,
+                known=known,
+                progress=told,
             )
     except KeyboardInterrupt:
         notes.print("stopped; the same command goes on from there")

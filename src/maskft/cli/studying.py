@@ -24,6 +24,9 @@ def study(
     ] = None,
     toy: Annotated[bool, typer.Option("--toy", help="Try everything on a tiny random base, in few runs.")] = False,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials of tuning, in place of the file's.")] = None,
+    known: Annotated[
+        Path | None, typer.Option(help="Folder of results of this study: those runs are not made again.")
+    ] = None,
     page: Annotated[
         Path | None, typer.Option(help="Train nothing: write the page of committed results into this folder.")
     ] = None,
@@ -39,6 +42,7 @@ def study(
         storage=storage,
         toy=toy,
         trials=trials,
+        known=known,
         page=page,
         heartbeat=heartbeat,
         as_json=json,

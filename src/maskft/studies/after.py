@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from maskft.analysis import by_place, saved_masks, statistics
 from maskft.analysis.attribution import OF_ONE, agreement
 from maskft.errors import StudyError, UserError, did_you_mean
+from maskft.guard import CHECKPOINTS
 from maskft.studies.definition import Cell
 from maskft.studies.sections import Settings
 
@@ -117,3 +119,11 @@ def _compared(compare: Comparison, runs: Sequence[Path]) -> dict[str, Any]:
         for run in runs:
             said = said.replace(str(run), "a run")
         return {NOT_DONE: said}
+
+
+def remove_weights(run: Path, *, keep: bool | Literal["final"]) -> None:
+    """Remove what is not to be kept of a run's weights and checkpoints; its record stays."""
+    if keep is not True:
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+    for file in run.rglob("*.safetensors") if not keep else ():
+        file.unlink()

@@ -9,11 +9,13 @@ it is claimed.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskft.errors import MissingExtraError, StudyError, UserError
@@ -250,6 +252,19 @@ def suggest(trial: optuna.Trial, parameters: Parameters) -> dict[str, Any]:
             assert parameter.high is not None
             found[key] = trial.suggest_float(key, parameter.low, parameter.high, log=parameter.log)
     return found
+
+
+def should_prune(trial: Any, log: Path, reported: set[int]) -> bool:
+    """Tell the trial the losses that have been logged since; whether its pruner would stop it."""
+    try:
+        entries = json.loads(log.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    for entry in entries:
+        if "loss" in entry and entry["step"] not in reported:
+            reported.add(entry["step"])
+            trial.report(-entry["loss"], entry["step"])  # the larger the better, as are the values
+    return bool(reported) and bool(trial.should_prune())
 
 
 def open_queues(queues: Sequence[Queue]) -> bool:

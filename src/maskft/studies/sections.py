@@ -112,6 +112,11 @@ class Measure(Section):
         return self
 
 
+def watching(every: int) -> list[str]:
+    """What to override of a recipe for a loss on the validation part every so many steps; nothing for 0."""
+    return ["training.eval_strategy=steps", f"training.eval_steps={every}"] if every else []
+
+
 class Paper(Section):
     """The study with another recipe: its variants' methods on a model and on data of a paper's size."""
 

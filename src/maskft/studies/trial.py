@@ -33,6 +33,7 @@ from maskft.errors import Paused, StudyError, UserError
 from maskft.recipe import Recipe, load_recipe
 from maskft.runs import METRICS, RECIPE, LoadedRun, load_data, load_run, run_recipe, write_json
 from maskft.studies.results import Part, Result, Score, Training, final_loss, packed_outcomes, write_result
+from maskft.studies.sections import watching
 
 PAUSED, MISTAKE, FAULT = 3, 2, 1
 RESULT = "result.json"
@@ -79,14 +80,13 @@ def work(job: Job) -> Result:
     from maskft.training import LOG, train
 
     started = time.monotonic()
-    watched = ["training.eval_strategy=steps", f"training.eval_steps={job.loss_every}"] if job.loss_every else []
-    recipe = load_recipe(job.recipe, [*job.overrides, *watched])
+    recipe = load_recipe(job.recipe, [*job.overrides, *watching(job.loss_every)])
     run = job.folder / "run"
     with _alone(job.folder):
         data = load_data(recipe)
         _make_room(run, recipe)
         finished = (run / METRICS).is_file()
-        metrics = train(recipe, run, say=_say, parts=_watched(data, job.loss_rows) if watched else data)
+        metrics = train(recipe, run, say=_say, parts=_watched(data, job.loss_rows) if job.loss_every else data)
         peak = _peak_of_training(job.folder, finished)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

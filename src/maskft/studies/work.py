@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from maskft.errors import StudyError
-from maskft.guard import CHECKPOINTS
 from maskft.recipe import Recipe, load_recipe
 from maskft.runs import write_json
-from maskft.studies.after import ACROSS, check_after, compare_seeds, named
+from maskft.studies.after import ACROSS, check_after, compare_seeds, named, remove_weights
 from maskft.studies.definition import (
     Cell,
     Study,
@@ -27,10 +25,11 @@ from maskft.studies.definition import (
     tuned_parameters,
     tuning_cell,
 )
+from maskft.studies.known import differing, read_known, result_of
 from maskft.studies.process import POLL, Processes, last_words, terminable
-from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, storage_at, suggest
+from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, should_prune, storage_at, suggest
 from maskft.studies.results import Result, chosen_settings, identity, write_named
-from maskft.studies.sections import Settings
+from maskft.studies.sections import Settings, watching
 from maskft.studies.toy import toy_base
 from maskft.studies.trial import OUTPUT, PAUSED, Job, portable
 from maskft.studies.trial import RESULT as RESULT_FILE
@@ -70,8 +69,9 @@ class Worker:
         processes: Processes,
         *,
         toy: bool,
+        known: Sequence[Result] = (),
     ) -> None:
-        self.study, self.output, self.toy = study, output, toy
+        self.study, self.output, self.toy, self.known = study, output, toy, known
         self.name = path.stem + ("-toy" if toy else "")
         self.storage, self.processes = storage, processes
         self.recipe = study.recipe.read_text(encoding="utf-8") if study.recipe.is_file() else ""
@@ -92,9 +92,9 @@ class Worker:
             points = grid_points(tuned_parameters(self.study, group[0]), 1)
             self._load(tuning_cell(self.study, group, points[0], toy=self.toy))
 
-    def _load(self, cell: Cell) -> Recipe:
+    def _load(self, cell: Cell, *more: str) -> Recipe:
         try:
-            return load_recipe(self.study.recipe, list(cell.overrides))
+            return load_recipe(self.study.recipe, [*cell.overrides, *more])
         except ValueError as error:
             raise StudyError(f"the run {cell.name} cannot be made. {error}") from error
 
@@ -214,6 +214,9 @@ class Worker:
         """One trial in its process, from the claim to its end in the storage."""
         measure = self.study.measure
         tuning = cell.stage == "tune"
+        if (known := self._known(cell, parts)) is not None:
+            self._complete(queue, trial, known)
+            return
         folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         job = Job(
@@ -245,7 +248,7 @@ class Worker:
 
         def tick() -> bool:
             nonlocal pruned
-            pruned = pruned or (tuning and _should_prune(trial, folder / "run" / "log.json", reported))
+            pruned = pruned or (tuning and should_prune(trial, folder / "run" / "log.json", reported))
             return not pruned
 
         code: int | None = None
@@ -260,17 +263,29 @@ class Worker:
             queue.prune(trial)
         elif code == 0:
             result = Result.model_validate_json((folder / RESULT_FILE).read_text(encoding="utf-8"))
-            queue.complete(
-                trial,
-                result.value(measure.choose if "validation" in result.parts else "loss"),
-                result.model_dump(mode="json"),
-            )
-            write_named(self.output / RESULTS, result)  # pages can be made of unfinished studies
-            _remove_weights(folder / "run", keep=False if tuning else self.study.keep_weights)
+            if (difference := differing(result, self.known)) is not None:
+                queue.fail(trial, f"{difference}, so it cannot be compared with that one")
+                return
+            self._complete(queue, trial, result)
+            remove_weights(folder / "run", keep=False if tuning else self.study.keep_weights)
         elif code == PAUSED:
             queue.fail(trial, None)
         else:
             queue.fail(trial, last_words(code, folder / OUTPUT))
+
+    def _known(self, cell: Cell, parts: Sequence[str]) -> Result | None:
+        """The result of the cell among those that were there before."""
+        if not self.known:
+            return None
+        measure, running = self.study.measure, cell.stage == "run"
+        recipe = self._load(cell, *watching(measure.loss_every if running else 0))
+        wanted = ["train", *parts] if measure.train_questions and running else parts
+        return result_of(cell, portable(recipe.model_dump(mode="json")), wanted, self.known)
+
+    def _complete(self, queue: Queue, trial: Any, result: Result) -> None:
+        value = result.value(self.study.measure.choose if "validation" in result.parts else "loss")
+        queue.complete(trial, value, result.model_dump(mode="json"))
+        write_named(self.output / RESULTS, result)  # pages can be made of unfinished studies
 
 
 def run_study(
@@ -282,6 +297,7 @@ def run_study(
     trials: int | None = None,
     heartbeat: int = HEARTBEAT,
     only_tune: bool = False,
+    known: Path | None = None,
     progress: Progress = lambda stage, done, of: None,
 ) -> Outcome:
     """Work on a study until it is finished, together with every other worker on the same storage.
@@ -294,10 +310,11 @@ def run_study(
         trials: of tuning, in place of the file's.
         heartbeat: seconds between signs of life in the storage.
         only_tune: end after the first stage.
+        known: folder of results of this study; runs that it has, made by the same recipe, are not made again.
         progress: is told how far the study is.
 
     Raises:
-        StudyError: the file or the storage cannot be used, or nothing of a tuning came to its end.
+        StudyError: the file, the storage or `known` cannot be used, or nothing of a tuning came to its end.
         MissingExtraError: Optuna is not installed.
     """
     study = load_study(path)
@@ -309,7 +326,7 @@ def run_study(
     output.mkdir(parents=True, exist_ok=True)
     errors = output / f"worker-{os.getpid()}.txt"
     with storage_at(storage or f"sqlite:///{output / 'study.db'}", heartbeat) as opened, Processes(errors) as processes:
-        worker = Worker(path, study, output, opened, processes, toy=toy)
+        worker = Worker(path, study, output, opened, processes, toy=toy, known=read_known(known))
         worker.check()
         with terminable():
             tuned = worker.tune(progress)
@@ -320,14 +337,6 @@ def run_study(
     return outcome
 
 
-def _remove_weights(run: Path, *, keep: bool | Literal["final"]) -> None:
-    """Remove what is not to be kept of a run's weights and checkpoints; its record stays."""
-    if keep is not True:
-        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
-    for file in run.rglob("*.safetensors") if not keep else ():
-        file.unlink()
-
-
 def _merit(trial: Any) -> tuple[float, float]:
     """What a tuned value is chosen by; the final loss decides between equals."""
     return trial.value, _result(trial).value("loss")
@@ -335,16 +344,3 @@ def _merit(trial: Any) -> tuple[float, float]:
 
 def _result(trial: Any) -> Result:
     return Result.model_validate(trial.user_attrs[RESULT])
-
-
-def _should_prune(trial: Any, log: Path, reported: set[int]) -> bool:
-    """Tell the trial the losses that have been logged since; whether its pruner would stop it."""
-    try:
-        entries = json.loads(log.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    for entry in entries:
-        if "loss" in entry and entry["step"] not in reported:
-            reported.add(entry["step"])
-            trial.report(-entry["loss"], entry["step"])  # the larger the better, as are the values
-    return bool(reported) and bool(trial.should_prune())
