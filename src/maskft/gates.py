@@ -204,10 +204,10 @@ def global_cut(sizes: Sequence[Tensor], keep_ratio: float) -> tuple[Tensor, list
     n = everything.numel()
     keep = round(keep_ratio * n)
     cut = _kth_smallest(everything, n - keep + 1)[0] if keep else everything.new_tensor(math.inf)
-    room = keep - int((everything > cut).sum())
+    room = keep - int(torch.count_nonzero(everything > cut))
     ties = []
     for size in sizes:
-        ties.append(min(room, int((size == cut).sum())))
+        ties.append(min(room, int(torch.count_nonzero(size == cut))))
         room -= ties[-1]
     return cut, ties
 
@@ -263,7 +263,8 @@ def largest(values: Tensor, keep: int) -> Tensor:
 
 def _above(values: Tensor, cut: Tensor, ties: int) -> Tensor:
     """Boolean mask (n,) of what is larger than `cut`, and of the first `ties` entries that equal it."""
-    return (values > cut) | _first(values == cut, ties)
+    above = values > cut
+    return above | _first(values == cut, ties) if ties else above
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
