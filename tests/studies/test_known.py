@@ -62,7 +62,7 @@ def test_runs_of_another_base_or_other_data_are_not_mixed(
         write_named(tmp_path / "known", result.model_copy(update={field: "0" * 64}))
     again = run_study(file, tmp_path / "out", known=tmp_path / "known")
     assert sorted(again.failures) == ["soft.seed0", "soft.seed1"]
-    assert all(said in error and "'soft', seed 0" in error for error in again.failures.values())
+    assert all(said in error and "the run tune.soft" in error for error in again.failures.values())
 
 
 def test_a_folder_without_results_is_refused(made: tuple[Path, Outcome], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from maskft.errors import StudyError
 from maskft.report.study_pages import made, relative_step, write_pages
 from maskft.studies.definition import load_study
 from maskft.studies.results import Result, read_results, write_result
@@ -90,6 +91,12 @@ def test_committed_pages_are_those_of_committed_results() -> None:
     """To mend it: python -m maskft.report.study_pages studies docs/results"""
     expected = {page: text for study in COMMITTED for page, text in made(study, PAGES).items()}
     assert {page: page.read_text(encoding="utf-8") for page in PAGES.glob("*")} == expected
+
+
+def test_runs_of_different_bases_are_on_no_page(tmp_path: Path) -> None:
+    found = [result("a", 0), result("b", 0).model_copy(update={"base_fingerprint": "0" * 64})]
+    with pytest.raises(StudyError, match=r"in b\.seed0\.json the base has other weights than in the run a\.seed0; no"):
+        pages(tmp_path, found)
 
 
 def test_a_table_says_when_the_validation_loss_was_lowest(tmp_path: Path) -> None:

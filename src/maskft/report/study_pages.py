@@ -19,6 +19,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from maskft.errors import StudyError
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.report.charts import WIDTH, intervals, line_chart, line_style
 from maskft.report.study_found import at_paper_scale, between_seeds, found_in_runs
@@ -38,7 +39,8 @@ from maskft.report.study_summary import by_data
 from maskft.runs import write_atomically
 from maskft.studies.at_scale import PLAN
 from maskft.studies.definition import Study, load_study
-from maskft.studies.results import Result, read_results
+from maskft.studies.known import differing
+from maskft.studies.results import Result, read_results, result_name
 
 
 def page(
@@ -163,6 +165,11 @@ def made(file: Path, out: Path) -> dict[Path, str]:
     """Content of a study's page and picture, by where they belong."""
     study, folder = load_study(file), file.with_suffix("")
     results = read_results(folder / "results")
+    for number, result in enumerate(results):
+        if difference := differing(result, results[:number]):
+            raise StudyError(
+                f"{folder / 'results'}: in {result_name(result)}.json {difference}; no page compares them."
+            )
     findings = folder / "findings.md"
     said = findings.read_text(encoding="utf-8") if findings.is_file() else ""
     across, plan = (_read(folder / name) for name in ("across.json", PLAN))

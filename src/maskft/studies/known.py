@@ -10,7 +10,7 @@ from typing import Any
 from maskft.errors import StudyError
 from maskft.recipe import Recipe
 from maskft.studies.definition import Cell
-from maskft.studies.results import Result, read_results
+from maskft.studies.results import Result, read_results, result_name
 from maskft.studies.trial import portable
 
 
@@ -49,11 +49,12 @@ def _complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def differing(result: Result, known: Iterable[Result]) -> str | None:
-    """What a new run did not have in common with a known one of the same model and data; None where it did."""
-    for other in known:
-        if other.recipe["model"] == result.recipe["model"] and other.base_fingerprint != result.base_fingerprint:
-            return f"the base has other weights than in the known run {other.variant!r}, seed {other.seed}"
-        if other.recipe["data"] == result.recipe["data"] and other.data_fingerprint != result.data_fingerprint:
-            return f"the data have other rows than in the known run {other.variant!r}, seed {other.seed}"
+def differing(result: Result, others: Iterable[Result]) -> str | None:
+    """What a run did not have in common with another one of the same model or data; None where it did."""
+    for other in others:
+        same = {part for part in ("model", "data") if other.recipe.get(part) == result.recipe.get(part)}
+        if "model" in same and other.base_fingerprint != result.base_fingerprint:
+            return f"the base has other weights than in the run {result_name(other)}"
+        if "data" in same and other.data_fingerprint != result.data_fingerprint:
+            return f"the data have other rows than in the run {result_name(other)}"
     return None
