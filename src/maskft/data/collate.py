@@ -141,11 +141,15 @@ class Collator:
                 chat_template=self._template,
                 tokenize=True,
                 return_dict=True,
-                return_tensors="pt",
+                # Transformers looks for answers token by token, for which lists take a tenth of the time of tensors
+                return_tensors=None if answers else "pt",
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=answers,
                 processor_kwargs={"padding": True, "padding_side": padding_side},
             )
+            if answers:
+                kept = getattr(self.processor, "skip_tensor_conversion", None)
+                encoded = encoded.convert_to_tensors("pt", skip_tensor_conversion=kept)
         except Exception as error:  # templates and processors raise many kinds
             names = ", ".join(_origin(row) for row in rows[:10])
             raise DataError(f"The processor cannot encode {names}: {error}") from error
