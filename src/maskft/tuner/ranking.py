@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class GlobalRanking:
     """Gates of one adapter's layers that share a cut, found anew whenever a score may have changed.
 
-    Finding it reads every score once and sorts none (`torch.kthvalue`), for each forward pass of training.
+    Finding it reads every score and sorts none, for each forward pass of training.
 
     Args:
         adapter_name: whose scores are ranked.
