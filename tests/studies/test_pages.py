@@ -93,9 +93,14 @@ def test_committed_pages_are_those_of_committed_results() -> None:
     assert {page: page.read_text(encoding="utf-8") for page in PAGES.glob("*")} == expected
 
 
-def test_runs_of_different_bases_are_on_no_page(tmp_path: Path) -> None:
-    found = [result("a", 0), result("b", 0).model_copy(update={"base_fingerprint": "0" * 64})]
-    with pytest.raises(StudyError, match=r"in b\.seed0\.json the base has other weights than in the run a\.seed0; no"):
+@pytest.mark.parametrize(("base", "variant", "refused"), [("x/y", "b", True), ("y", "a", True), ("y", "b", False)])
+def test_runs_of_different_bases_are_on_no_page(tmp_path: Path, base: str, variant: str, refused: bool) -> None:
+    found = [result("a", 0), result(variant, 1).model_copy(update={"base_fingerprint": "0" * 64})]
+    found = [one.model_copy(update={"recipe": {**one.recipe, "model": {"base": base}}}) for one in found]
+    if not refused:  # a name alone may be of two bases
+        assert pages(tmp_path, found)
+        return
+    with pytest.raises(StudyError, match=r"seed1\.json the base has other weights than in the run a\.seed0; no"):
         pages(tmp_path, found)
 
 

@@ -50,10 +50,16 @@ def _complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing(result: Result, others: Iterable[Result]) -> str | None:
-    """What a run did not have in common with another one of the same model or data; None where it did."""
-    for other in others:
+    """What a run did not have in common with another one of the same base or data; None where it did.
+
+    Of a path outside the current folder results keep the last piece, which other bases may share: those are compared
+    in runs that differ in their seeds alone.
+    """
+    kept_whole = "/" in result.recipe.get("model", {}).get("base", "")
+    for other in (other for other in others if other.data == result.data):
+        alike = kept_whole or (other.variant, other.settings) == (result.variant, result.settings)
         same = {part for part in ("model", "data") if other.recipe.get(part) == result.recipe.get(part)}
-        if "model" in same and other.base_fingerprint != result.base_fingerprint:
+        if "model" in same and alike and other.base_fingerprint != result.base_fingerprint:
             return f"the base has other weights than in the run {result_name(other)}"
         if "data" in same and other.data_fingerprint != result.data_fingerprint:
             return f"the data have other rows than in the run {result_name(other)}"
