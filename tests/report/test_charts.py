@@ -37,6 +37,13 @@ def test_lines() -> None:
     assert line_chart("Loss", {"a": []}, x="step", y="nats") == ""
 
 
+def test_intervals_of_points_stand_upright_side_by_side() -> None:
+    lines = {"a": [(0, 1.0), (10, 2.0)], "b": [(0, 1.5), (10, 1.5)]}
+    chart = line_chart("Accuracy", lines, x="step", y="share", spans={"a": [(0, 0.0, 4.0)], "b": [(0, 1.0, 2.0)]})
+    found = re.findall(r'<line x1="([^"]*)" y1="([^"]*)" x2="([^"]*)" y2="([^"]*)" stroke-width="1"', chart)
+    assert found == [("65.0", "212.0", "65.0", "10.0"), ("67.0", "161.5", "67.0", "111.0")]  # of a frame from 0 to 4
+
+
 def test_lines_beyond_the_colours_are_dashed() -> None:
     assert "dash" not in line_style(5)
     assert "dash" in line_style(6)

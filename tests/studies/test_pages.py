@@ -168,6 +168,17 @@ def test_pictures(tmp_path: Path, plot: str | None) -> None:
     assert {"step": "training loss", "gap": "minus", "drift": "correlation"}.get(plot or "", "accuracy") in texts
 
 
+@pytest.mark.parametrize(("values", "axis"), [([1, 2], "x.y"), ([0.01, 0.1, 1.0], "log10 of x.y")])
+def test_a_picture_of_a_setting_shows_intervals(tmp_path: Path, values: list[float], axis: str) -> None:
+    runs = [result("a", 0, settings={"x.y": value}) for value in values]
+    drawn = ElementTree.fromstring(pages(tmp_path, runs, plot="x.y", vary={"x.y": values})["s.svg"])
+    tag = "{http://www.w3.org/2000/svg}"
+    assert axis in ["".join(text.itertext()) for text in drawn.iter(f"{tag}text")]
+    assert sum(line.get("stroke-width") == "1" and "stroke" in line.attrib for line in drawn.iter(f"{tag}line")) == len(
+        values
+    )
+
+
 def test_a_picture_has_what_answered_the_same_questions_together(tmp_path: Path) -> None:
     found = pages(tmp_path, [result(v, 0, data=d) for v in "ab" for d in ("y", "x")], data={"y": {}, "x": {}})
     told = [f"<title>{variant} {data}: " for data in "yx" for variant in "ab"]

@@ -23,7 +23,14 @@ Scale = Callable[[float], float]
 
 
 def line_chart(
-    title: str, series: Mapping[str, Points], *, x: str, y: str, zero: bool = False, share: bool = False
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    x: str,
+    y: str,
+    zero: bool = False,
+    share: bool = False,
+    spans: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> Markup:
     """Lines through points (x, y), with a legend where there are several.
 
@@ -33,16 +40,23 @@ def line_chart(
         x, y: names of the axes.
         zero: let the y axis start at 0.
         share: write y as per cent.
+        spans: intervals (x, low, high) by name, drawn as thin upright lines, side by side where they share an x.
     """
+    spans = spans or {}
     points = [point for line in series.values() for point in line]
     if not points:
         return Markup()
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     across = _axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    ys += [end for some in spans.values() for span in some for end in span[1:]]
     up = _axis(0.0 if zero else min(ys), max(ys), HEIGHT - BOTTOM, TOP)
     parts = [*_frame(across[1], up[1], across[0], up[0], x, y, share)]
-    for number, line in enumerate(series.values()):
+    for number, (name, line) in enumerate(series.items()):
         style = line_style(number)
+        for a, low, high in spans.get(name, ()):
+            place = across[0](a) + 2 * (number - (len(series) - 1) / 2)
+            ends = f'x1="{place:.1f}" y1="{up[0](low):.1f}" x2="{place:.1f}" y2="{up[0](high):.1f}"'
+            parts.append(f'<line {ends} stroke-width="1" {style}/>')
         path = " ".join(f"{across[0](a):.1f},{up[0](b):.1f}" for a, b in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke-width="2" {style}/>')
         if len(line) <= 20:

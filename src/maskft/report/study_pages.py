@@ -29,7 +29,6 @@ from maskft.report.study_rows import (
     estimate,
     gap,
     judged,
-    mean_accuracy,
     rows,
     shown,
     table,
@@ -86,7 +85,7 @@ def page(
 
 def picture(study: Study, found: Sequence[Row]) -> str:
     """The study's plot as an SVG file's content; empty where there is nothing to draw."""
-    kind = study.plot
+    kind, spans = study.plot, dict[str, list[tuple[float, float, float]]]()
     if kind is None:
         together = [row for data in study.data or [""] for row in found if row.cell.data == data]
         bars = [(row.name, *estimate(parts)) for row in together if (parts := judged(row))]
@@ -103,21 +102,26 @@ def picture(study: Study, found: Sequence[Row]) -> str:
         series = _gaps(found)
         x, y = "training loss", "accuracy in training minus in test"
     else:
-        series = _by_setting(kind, found)
-        x, y = ("log10 of relative step per update" if kind == "rho" else kind), "accuracy"
-    chart = line_chart(study.title, series, x=x, y=y, share=y.startswith("accuracy"))
+        (x, points), y = _by_setting(kind, found), "accuracy"
+        series = {name: [(at, mean) for at, mean, _, _ in own] for name, own in points.items()}
+        spans = {name: [(at, low, high) for at, _, low, high in own] for name, own in points.items()}
+    chart = line_chart(study.title, series, x=x, y=y, share=y.startswith("accuracy"), spans=spans)
     return _standalone(chart, list(series))
 
 
-def _by_setting(kind: str, found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
-    """Accuracy against a setting, or against rho, a line for each variant and data set."""
-    series: dict[str, list[tuple[float, float]]] = {}
+def _by_setting(kind: str, found: Sequence[Row]) -> tuple[str, dict[str, list[tuple[float, float, float, float]]]]:
+    """The name of the x axis, and for each variant and data set accuracy with its interval against a setting or rho,
+    on a logarithmic axis where it spans more than a decade."""
+    seen: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in found:
         at = relative_step(row.results[0]) if kind == "rho" and row.results else row.cell.settings.get(kind)
         if isinstance(at, int | float) and (parts := judged(row)):
-            point = (math.log10(at) if kind == "rho" else float(at), mean_accuracy(parts))
-            series.setdefault(" ".join(filter(None, row.cell.group)), []).append(point)
-    return {name: sorted(points) for name, points in series.items()}
+            seen.setdefault(" ".join(filter(None, row.cell.group)), []).append((float(at), *estimate(parts)))
+    places = [point[0] for points in seen.values() for point in points]
+    name, wide = ("relative step per update" if kind == "rho" else kind), places and 0 < 10 * min(places) < max(places)
+    if wide:
+        seen = {n: [(math.log10(p[0]), *p[1:]) for p in own] for n, own in seen.items()}
+    return f"log10 of {name}" if wide else name, {n: sorted(points) for n, points in seen.items()}
 
 
 def _gaps(found: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
