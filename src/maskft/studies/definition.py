@@ -58,9 +58,9 @@ class Study(BaseModel):
     """False removes what a run has learnt once its result is there, "final" its checkpoints alone; of tuning both are
     always removed."""
     plot: str | None = None
-    """What the page draws: accuracy with its intervals against a key of `vary` or against `rho`; training loss against `step`; `gap`,
-    accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation with the last
-    one, against steps. Default: accuracy with its intervals."""
+    """What the page draws: accuracy with its intervals against a key of `vary` or against `rho`; training loss against
+    `step`; `gap`, accuracy lost from training to test questions, against training loss; `drift`, the mask's correlation
+    with the last one, against steps. Default: accuracy with its intervals."""
     toy: Settings = {}
     paper: Paper | None = None
     paper_scale: str = ""
