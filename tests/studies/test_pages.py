@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -91,6 +92,12 @@ def test_committed_pages_are_those_of_committed_results() -> None:
     """To mend it: python -m maskft.report.study_pages studies docs/results"""
     expected = {page: text for study in COMMITTED for page, text in made(study, PAGES).items()}
     assert {page: page.read_text(encoding="utf-8") for page in PAGES.glob("*")} == expected
+
+
+def test_committed_pages_are_on_the_site_and_in_the_readme() -> None:
+    named = {f"results/{study.stem}.md" for study in COMMITTED}
+    assert named == set(re.findall(r"results/[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == set(re.findall(r"results/[\w-]+\.md", (ROOT / "README.md").read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize(("base", "variant", "refused"), [("x/y", "b", True), ("y", "a", True), ("y", "b", False)])
