@@ -96,6 +96,7 @@ def test_a_result_says_what_was_measured_with_what(tuned: tuple[Path, Outcome]) 
     assert result.packages["torch"]
     assert len(result.data_fingerprint) == len(result.base_fingerprint) == 64
     assert result.after["gates"][-1]["step"] == 2
+    assert set(result.after["gates"][-1]) == {"step", "overall"}
     assert result.after["masks"][0]["gates"] > 0
     assert "has 0 checkpoint(s)" in result.after["drift"]["not_done"]
 

@@ -37,10 +37,10 @@ def masks(run: Path) -> list[dict[str, Any]]:
 
 
 def gate_records(run: Path) -> list[dict[str, Any]]:
-    """What training wrote about the gates at each logging step."""
+    """What training wrote about all gates together at each logging step; of single modules the run's folder tells."""
     path = run / "mask_stats.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
-    return found
+    found = json.loads(path.read_text(encoding="utf-8"))["records"] if path.is_file() else []
+    return [{"step": record["step"], "overall": record["overall"]} for record in found]
 
 
 ANALYSES: dict[str, Callable[..., Any]] = {**OF_ONE, "masks": masks, "gates": gate_records}
