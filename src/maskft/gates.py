@@ -255,7 +255,7 @@ def largest(values: Tensor, keep: int) -> Tensor:
     if keep >= n:
         return torch.ones_like(values, dtype=torch.bool)
     cut = _kth_smallest(values, n - keep + 1)
-    if _is_at_hand(values) and int(torch.count_nonzero(reached := values >= cut)) == reached[..., 0].numel() * keep:
+    if _is_at_hand(values) and int(torch.count_nonzero(reached := values >= cut)) == values.numel() // n * keep:
         return reached  # no row has ties, as is usual
     above = values > cut
     return above | _first(values == cut, keep - above.sum(-1, keepdim=True))

@@ -92,9 +92,9 @@ class Worker:
             points = grid_points(tuned_parameters(self.study, group[0]), 1)
             self._load(tuning_cell(self.study, group, points[0], toy=self.toy))
 
-    def _load(self, cell: Cell, *more: str) -> Recipe:
+    def _load(self, cell: Cell) -> Recipe:
         try:
-            return load_recipe(self.study.recipe, [*cell.overrides, *more])
+            return load_recipe(self.study.recipe, list(cell.overrides))
         except ValueError as error:
             raise StudyError(f"the run {cell.name} cannot be made. {error}") from error
 
@@ -214,11 +214,7 @@ class Worker:
         """One trial in its process, from the claim to its end in the storage."""
         measure = self.study.measure
         tuning = cell.stage == "tune"
-        if (known := self._known(cell, parts)) is not None:
-            self._complete(queue, trial, known)
-            return
         folder = self._folder(cell)
-        folder.mkdir(parents=True, exist_ok=True)
         job = Job(
             recipe=self.study.recipe,
             overrides=[*cell.overrides, *self._base],
@@ -241,6 +237,10 @@ class Worker:
                 "environment": dict(cell.environment),
             },
         )
+        if (known := self._known(cell, job)) is not None:
+            self._complete(queue, trial, known)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT_FILE).unlink(missing_ok=True)
         write_json(folder / "job.json", job.model_dump(mode="json"))
         pruned = False
@@ -273,14 +273,13 @@ class Worker:
         else:
             queue.fail(trial, last_words(code, folder / OUTPUT))
 
-    def _known(self, cell: Cell, parts: Sequence[str]) -> Result | None:
-        """The result of the cell among those that were there before."""
+    def _known(self, cell: Cell, job: Job) -> Result | None:
+        """The result of the job among those that were there before."""
         if not self.known:
             return None
-        measure, running = self.study.measure, cell.stage == "run"
-        recipe = self._load(cell, *watching(measure.loss_every if running else 0))
-        wanted = ["train", *parts] if measure.train_questions and running else parts
-        return result_of(cell, portable(recipe.model_dump(mode="json")), wanted, self.known)
+        recipe = load_recipe(job.recipe, [*job.overrides, *watching(job.loss_every)])
+        asked = ["train", *job.parts] if job.train_questions else job.parts
+        return result_of(cell, portable(recipe.model_dump(mode="json")), asked, self.known)
 
     def _complete(self, queue: Queue, trial: Any, result: Result) -> None:
         value = result.value(self.study.measure.choose if "validation" in result.parts else "loss")
@@ -322,11 +321,12 @@ def run_study(
         if study.tune is None:
             raise StudyError(f"--trials is for studies that tune, and {path} has no section tune. Leave it out.")
         study = study.model_copy(update={"tune": study.tune.model_copy(update={"trials": trials})})
+    taken_over = read_known(known)
     output = output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     errors = output / f"worker-{os.getpid()}.txt"
     with storage_at(storage or f"sqlite:///{output / 'study.db'}", heartbeat) as opened, Processes(errors) as processes:
-        worker = Worker(path, study, output, opened, processes, toy=toy, known=read_known(known))
+        worker = Worker(path, study, output, opened, processes, toy=toy, known=taken_over)
         worker.check()
         with terminable():
             tuned = worker.tune(progress)
