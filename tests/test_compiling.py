@@ -72,12 +72,28 @@ def test_a_transposed_weight_and_a_quantised_one() -> None:
     assert torch.equal(y, expected[0])
 
 
-def test_ranking_gates_are_left_as_they_are() -> None:
-    mask, weight, x, dy = example(TopK(0.5), Dense(), torch.float32, torch.float32)
-    fast = Mask(mask.gate, mask.parameters, compiled=True)
-    assert not fast.fused
-    for ours, plain in zip(results(fast, weight, x, dy), results(mask, weight, x, dy), strict=True):
-        assert torch.equal(ours, plain)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_rankings_are_compiled_once_for_all_cuts(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    for keep_ratio in (0.5, 0.9, 0.5):
+        mask, weight, x, dy = example(TopK(keep_ratio), Dense(), *dtypes)
+        fast = Mask(mask.gate, mask.parameters, compiled=True)
+        assert not fast.fused  # before its cut is found
+        with torch.compiler.set_stance("default" if keep_ratio == 0.5 else "fail_on_recompile"):
+            ours = results(fast, weight, x, dy)
+        plain = results(mask, weight, x, dy)
+        assert torch.equal(ours[0], plain[0])
+        assert torch.equal(ours[1], plain[1])
+        torch.testing.assert_close(ours[2], plain[2], rtol=2**-7 if dtypes[1] == torch.bfloat16 else 1e-5, atol=1e-7)
+
+
+def test_rankings_with_ties_are_left_as_they_are() -> None:
+    weight, x, dy = torch.randn(24, 40), torch.randn(3, 40), torch.randn(3, 24)
+    scores = torch.ones(24, 40, requires_grad=True)
+    gate = TopK(0.5, magnitude_start=False)
+    ours, plain = (results(Mask(gate, (scores,), compiled=fast), weight, x, dy) for fast in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    kept = (masked_linear(torch.eye(40), weight, None, [Mask(gate, (scores,))]) != 0).T
+    assert kept.flatten().nonzero().flatten().tolist() == list(range(480))
 
 
 def test_a_cached_weight_is_made_once_and_follows_its_scores() -> None:

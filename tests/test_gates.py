@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskft import gates
-from maskft.gates import Centered, Gate, Normalized, Soft, Threshold, TopK, TopKGlobal, global_cut
+from maskft.gates import AtLeast, Centered, Gate, Normalized, Soft, Threshold, TopK, TopKGlobal, global_cut
+from maskft.selection import kth_smallest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 STARTS = [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.98, 0.99, 0.999]
@@ -271,6 +272,49 @@ class TestStackedMatrices:
         assert together.sum((1, 2)).tolist() == [6, 6, 6]
 
 
+def size_of(offset: Tensor, weight: Tensor) -> Callable[[AtLeast], Tensor]:
+    return lambda gate: gate.score(offset, weight).abs()
+
+
+class TestSettledRanking:
+    """A cut in place of a ranking, where a cut can tell what stays."""
+
+    @pytest.mark.parametrize("magnitude_start", [True, False])
+    @pytest.mark.parametrize("keep_ratio", [0.01, 0.5, 0.9, 0.999])
+    def test_keeps_the_same_and_has_the_same_derivative(self, keep_ratio: float, magnitude_start: bool) -> None:
+        offset, weight = torch.randn(20, 50), torch.randn(20, 50).bfloat16()
+        gate = TopK(keep_ratio, magnitude_start)
+        settled = gate.settled(weight, size_of(offset, weight))
+        assert settled is not None
+        assert torch.equal(settled.value(offset, weight), gate.value(offset, weight))
+        assert torch.equal(settled.derivative(offset, weight), gate.derivative(offset, weight))
+
+    @given(values=st.lists(st.integers(-4, 4), min_size=2, max_size=12), keep_ratio=st.floats(0.01, 1))
+    def test_ties_that_cross_the_cut_are_left_to_the_ranking(self, values: list[int], keep_ratio: float) -> None:
+        offset = torch.tensor([values], dtype=torch.float32)
+        gate = TopK(keep_ratio, magnitude_start=False)
+        settled = gate.settled(offset, size_of(offset, offset))
+        keep, falling = round(keep_ratio * len(values)), sorted(map(abs, values), reverse=True)
+        clear = 0 < keep < len(values) and falling[keep - 1] > falling[keep]
+        assert (settled is not None) == clear
+        if settled is not None:
+            assert torch.equal(settled.value(offset, offset), gate.value(offset, offset))
+
+    @pytest.mark.parametrize(
+        ("gate", "weight"),
+        [
+            (TopK(0.5, slices=(2, 2)), torch.randn(4, 6)),
+            (TopK(0.5), torch.randn(3, 4, 6)),
+            (TopK(0.5), torch.randn(4, 6, dtype=torch.float64)),
+            (TopK(0.5), torch.empty(4, 6, device="meta")),
+        ],
+        ids=["slices", "experts", "fp64", "meta"],
+    )
+    def test_several_matrices_and_what_cannot_be_looked_at_are_left_to_it_too(self, gate: TopK, weight: Tensor) -> None:
+        offset = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        assert gate.settled(weight, size_of(offset, weight)) is None
+
+
 class TestGlobalRanking:
     @given(
         sizes=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=12), min_size=1, max_size=5),
@@ -298,12 +342,27 @@ class TestGlobalRanking:
         masks = [TopKGlobal(cut, n).value(torch.zeros(1, 2), w) for w, n in zip((small, large), ties, strict=True)]
         assert [mask.tolist() for mask in masks] == [[[0, 1]], [[0, 1]]]
 
+    @given(
+        sizes=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=12), min_size=1, max_size=5),
+        keep_ratio=st.floats(0.01, 1),
+    )
+    def test_settled_gates_keep_the_same_or_there_are_ties(self, sizes: list[list[int]], keep_ratio: float) -> None:
+        scores = [torch.tensor([values], dtype=torch.float32) for values in sizes]
+        cut, ties = global_cut(scores, keep_ratio)
+        for score, n in zip(scores, ties, strict=True):
+            gate = TopKGlobal(cut, n, magnitude_start=False)
+            settled = gate.settled(score, lambda found, score=score: found.score(score, score).abs())
+            equal = int((score == cut).sum())
+            assert (settled is None) == (n != equal and (n > 0 or cut == 0))
+            if settled is not None:
+                assert torch.equal(settled.value(score, score), gate.value(score, score))
+
     def test_derivative_is_the_sign_of_the_score(self) -> None:
         gate = TopKGlobal(torch.tensor(1.0), 0, magnitude_start=False)
         assert gate.derivative(torch.tensor([-3.0, 0.0, 2.0]), torch.ones(3)).tolist() == [-1, 0, 1]
 
 
-@pytest.mark.parametrize("kind", ["normal", "sizes", "ties", "zeros", "one", "extremes"])
+@pytest.mark.parametrize("kind", ["normal", "sizes", "ties", "zeros", "one", "extremes", "long", "long, ties"])
 def test_the_fast_selection_finds_what_torch_finds(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 500, generator=generator)
@@ -313,9 +372,11 @@ def test_the_fast_selection_finds_what_torch_finds(kind: str) -> None:
         "ties": (values * 2).round(),
         "zeros": torch.zeros(2, 9),
         "one": values[:, :1],
+        "long": torch.randn(1, (1 << 22) + 5, generator=generator),
+        "long, ties": torch.randn(1, (1 << 22) + 5, generator=generator).round(),
         "extremes": torch.tensor([[-float("inf"), float("inf"), -1e-45, 1e-45, -0.0, 0.0, 3e38, -3e38]]),
     }[kind]
-    for k in range(1, values.shape[-1] + 1, 7):
+    for k in range(1, values.shape[-1] + 1, max(7, values.shape[-1] // 4)):
         expected = values.kthvalue(k, dim=-1, keepdim=True).values
-        assert torch.equal(gates._kth_smallest(values, k), expected)
-        assert torch.equal(gates._kth_smallest(values[0], k), expected[0])
+        assert torch.equal(kth_smallest(values, k), expected)
+        assert torch.equal(kth_smallest(values[0], k), expected[0])

@@ -14,6 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "maskft"
 FILES = sorted(SRC.rglob("*.py"))
 LEVELS = {
     "errors": 0,
+    "selection": 0.5,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
     **dict.fromkeys(("folders", "yamlfile", "checkpoints", "shipped"), 1),
     **dict.fromkeys(("linear", "targets"), 2),
@@ -30,7 +31,7 @@ LEVELS = {
     "app": 11,
     "cli": 12,
 }
-PURE = ("gates", "scores", "linear", "fingerprint", "packing", "compiling")
+PURE = ("gates", "selection", "scores", "linear", "fingerprint", "packing", "compiling")
 HOMES = {
     "peft": {"tuner"},
     "trl": {"trainer", "training"},

@@ -161,8 +161,6 @@ class TestAgainstThePlainVersion:
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
             masked_linear(x, weight, bias, [mask(offset, gate)])
-        if isinstance(gate, TopK):  # its bits have a test below
-            saved = [tensor for tensor in saved if tensor.dtype != torch.uint8]
         assert [tensor.data_ptr() for tensor in saved] == [t.data_ptr() for t in (x, weight, offset)]
 
     def test_saves_the_same_three_on_a_bf16_base(self, gate: Gate) -> None:
@@ -170,8 +168,7 @@ class TestAgainstThePlainVersion:
         saved: list[Tensor] = []
         with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
             masked_linear(x, weight, bias, [mask(offset, gate)])
-        bits = [torch.uint8] if isinstance(gate, TopK) else []
-        assert [tensor.dtype for tensor in saved] == [torch.bfloat16, torch.bfloat16, *bits, torch.float32]
+        assert [tensor.dtype for tensor in saved] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("gate", EXACT, ids=repr)
@@ -265,16 +262,36 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 16)], ids=str)
-def test_what_is_ranked_is_ranked_once_and_remembered_in_bits(
+def test_what_is_ranked_with_ties_is_ranked_once_and_remembered_in_bits(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight, bias, offset = inputs((2,), shape)
+    x, weight, bias, _ = inputs((2,), shape)
+    offset = torch.ones(shape).requires_grad_()
     ranked: list[torch.Size] = []
     value = TopK.value
     monkeypatch.setattr(TopK, "value", lambda gate, d, w: ranked.append(d.shape) or value(gate, d, w))
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = masked_linear(x, weight, bias, [mask(offset, TopK(0.5))])
+        y = masked_linear(x, weight, bias, [mask(offset, TopK(0.5, magnitude_start=False))])
     y.sum().backward()
     assert ranked == [weight.shape]
     assert [t.numel() for t in saved if t.dtype == torch.uint8] == [-(-weight.numel() // 8)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("magnitude_start", [False, True])
+def test_what_is_ranked_without_ties_is_remembered_by_its_cut(
+    compiled: bool, magnitude_start: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = TopK(0.9, magnitude_start)
+    x, weight, bias, offset = inputs((2,), (24, 40), dtype=torch.bfloat16)
+    expected = [part.detach() for part in both(x, weight, bias, offset, gate)[1]]
+    monkeypatch.delattr(TopK, "value")
+    torch.manual_seed(0)
+    y = masked_linear(x, weight, bias, [Mask(gate, (offset,), compiled=compiled)])
+    assert torch.equal(y, expected[0])
+    dx, doffset = torch.autograd.grad(y, [x, offset], torch.ones_like(y))
+    kept = (masked_linear(torch.eye(40).bfloat16(), weight, None, [Mask(gate, (offset,))]) != 0).sum()
+    assert kept == round(0.9 * weight.numel())
+    assert dx.shape == x.shape
+    assert set(torch.sign(doffset / (weight.float() * x.sum(0))).flatten().tolist()) <= {-1.0, 1.0}

@@ -297,10 +297,11 @@ class TestFusedSteps:
         assert stepper.ended == []
 
     @pytest.mark.parametrize("memory", ["fast", "tight"])
-    def test_are_the_steps_that_gradients_would_make(self, memory: str) -> None:
+    @pytest.mark.parametrize("gate", ["soft", "topk"])
+    def test_are_the_steps_that_gradients_would_make(self, gate: str, memory: str) -> None:
         seen, norms = [], []
         for fused in (True, False):
-            model = masked(MODES[memory].score_dtype)
+            model = masked(MODES[memory].score_dtype, gate=gate)
             scores = [p for p in model.parameters() if p.requires_grad]
             optimizer = ScoreAdamW(scores, lr=0.1, eps=1e-12, moments=MODES[memory].moments)
             stepper = StepInBackward(optimizer)
@@ -309,7 +310,7 @@ class TestFusedSteps:
             use_kernels(model)
             seen.append(losses(model, optimizer, 12))
             norms.append(stepper.norm().item())
-        # without gradients in bf16, tight makes somewhat more exact steps
-        tolerance = 1e-5 if memory == "fast" else 0.02
+        # without gradients in bf16, tight makes somewhat more exact steps, and hard masks flip at other times
+        tolerance = 1e-5 if memory == "fast" else 0.02 if gate == "soft" else 0.1
         assert seen[0] == pytest.approx(seen[1], rel=tolerance)
         assert norms[0] == pytest.approx(norms[1], rel=tolerance)

@@ -6,6 +6,7 @@ function runs as it is written; that is said once, in the log.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import types
@@ -60,7 +61,11 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 def _kind(argument: Any) -> Any:
     """What tells arguments apart for which code is compiled anew; shapes don't, but for squares."""
-    return (argument.dtype, argument.device.type) if isinstance(argument, Tensor) else argument
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.device.type
+    if dataclasses.is_dataclass(argument):  # may have tensors, whose values don't matter
+        return type(argument), *(_kind(getattr(argument, field.name)) for field in dataclasses.fields(argument))
+    return argument
 
 
 def _plain(argument: Any) -> Any:

@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from maskft.selection import above_cut, is_at_hand, kth_smallest, largest
 
 
 class Gate(Protocol):
@@ -155,6 +157,25 @@ class TopK:
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         return torch.sign(self.score(offset, weight))
 
+    def settled(self, weight: Tensor, size: Callable[[AtLeast], Tensor]) -> AtLeast | None:
+        """The gate that keeps the same by a cut alone; None where ties or several matrices forbid it, or to look.
+
+        Args:
+            weight: W, of the offsets' shape.
+            size: returns |S| of a gate, as a tensor of its own, whose entries are put into another order.
+        """
+        keep = round(self.keep_ratio * weight.numel())
+        if weight.dim() != 2 or self.slices or not is_at_hand(weight) or not 0 < keep < weight.numel():
+            return None
+        gate = AtLeast.from_start(weight, self.magnitude_start)
+        sizes = size(gate)
+        if not is_at_hand(sizes) or sizes.dtype != torch.float32:
+            return None
+        row, cut_off = sizes.numpy().reshape(-1), weight.numel() - keep
+        row.partition(cut_off)
+        cut = row[cut_off]
+        return replace(gate, cut=torch.tensor(cut)) if row[:cut_off].max() < cut else None
+
     def _kept(self, score: Tensor) -> Tensor:
         size = score.abs().flatten(-2) if score.dim() > 1 else score.abs()
         return largest(size, round(self.keep_ratio * size.shape[-1])).to(score.dtype).view_as(score)
@@ -164,6 +185,40 @@ class TopK:
             return function(*tensors)
         pieces = zip(*(torch.split(tensor, list(self.slices), dim=-2) for tensor in tensors), strict=True)
         return torch.cat([function(*piece) for piece in pieces], dim=-2)
+
+
+@dataclass(frozen=True, eq=False)
+class AtLeast:
+    """1 where |S| >= cut, else 0: a ranking that has come to its cut, so that each entry can be looked at alone.
+
+    Attributes:
+        cut: the smallest |S| that stays, a scalar.
+        scale: S = D + |W| / scale, with a scalar; or S = D, with None.
+    """
+
+    cut: Tensor
+    scale: Tensor | None = None
+    identity_at_start = False
+    elementwise = True
+    hard = True
+
+    @classmethod
+    def from_start(cls, weight: Tensor, magnitude_start: bool) -> AtLeast:
+        """Without a cut yet, for scores of one matrix that start as those of `TopK`."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return cls(
+            weight.new_zeros((), dtype=wide), _root_mean_square(weight, wide).squeeze() if magnitude_start else None
+        )
+
+    def score(self, offset: Tensor, weight: Tensor) -> Tensor:
+        """S, in the dtype of `offset`."""
+        return offset if self.scale is None else weight.abs().to(offset.dtype) / self.scale + offset
+
+    def value(self, offset: Tensor, weight: Tensor) -> Tensor:
+        return (self.score(offset, weight).abs() >= self.cut).to(offset.dtype)
+
+    def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
+        return torch.sign(self.score(offset, weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,10 +242,19 @@ class TopKGlobal:
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         size = self.score(offset, weight).abs()
-        return _above(size.flatten(), self.cut.to(size), self.ties).to(offset.dtype).view_as(offset)
+        return above_cut(size.flatten(), self.cut.to(size), self.ties).to(offset.dtype).view_as(offset)
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
         return torch.sign(self.score(offset, weight))
+
+    def settled(self, weight: Tensor, size: Callable[[AtLeast], Tensor]) -> AtLeast | None:
+        """As `TopK.settled`."""
+        if weight.dim() != 2 or not is_at_hand(weight):
+            return None
+        gate = replace(AtLeast.from_start(weight, self.magnitude_start), cut=self.cut)
+        if not self.ties and self.cut > 0:
+            return replace(gate, cut=torch.nextafter(self.cut, self.cut.new_tensor(math.inf)))
+        return gate if int(torch.count_nonzero(size(gate) == self.cut)) == self.ties else None
 
 
 def global_cut(sizes: Sequence[Tensor], keep_ratio: float) -> tuple[Tensor, list[int]]:
@@ -203,11 +267,11 @@ def global_cut(sizes: Sequence[Tensor], keep_ratio: float) -> tuple[Tensor, list
     everything = torch.cat([size.flatten() for size in sizes])
     n = everything.numel()
     keep = round(keep_ratio * n)
-    cut = _kth_smallest(everything, n - keep + 1)[0] if keep else everything.new_tensor(math.inf)
+    cut = kth_smallest(everything, n - keep + 1)[0] if keep else everything.new_tensor(math.inf)
     room = keep - int(torch.count_nonzero(everything > cut))
     ties = []
     for size in sizes:
-        ties.append(min(room, int(torch.count_nonzero(size == cut))))
+        ties.append(min(room, int(torch.count_nonzero(size == cut))) if room else 0)
         room -= ties[-1]
     return cut, ties
 
@@ -240,49 +304,12 @@ def _logit(p: float) -> float:
 
 def _from_magnitude(offset: Tensor, weight: Tensor) -> Tensor:
     """D + |W| / rms(W), the root mean square taken over each matrix."""
+    return weight.abs().to(offset.dtype).div_(_root_mean_square(weight, offset.dtype)).add_(offset)
+
+
+def _root_mean_square(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """rms(W) of each matrix, (..., 1, 1), in a dtype that scores are computed in; never zero."""
     matrix = tuple(range(weight.dim()))[-2:]
-    wide = torch.promote_types(weight.dtype, offset.dtype)
-    norm = torch.linalg.vector_norm(weight, dim=matrix, keepdim=True, dtype=wide).to(offset.dtype)
-    scale = (norm / math.sqrt(math.prod(weight.shape[-2:]))).clamp_min(torch.finfo(offset.dtype).tiny)
-    return weight.abs().to(offset.dtype).div_(scale).add_(offset)
-
-
-def largest(values: Tensor, keep: int) -> Tensor:
-    """Boolean mask (..., n) of exactly `keep` largest entries of each row of `values`, ties to the first positions."""
-    n = values.shape[-1]
-    if keep <= 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    if keep >= n:
-        return torch.ones_like(values, dtype=torch.bool)
-    cut = _kth_smallest(values, n - keep + 1)
-    if _is_at_hand(values) and int(torch.count_nonzero(reached := values >= cut)) == values.numel() // n * keep:
-        return reached  # no row has ties, as is usual
-    above = values > cut
-    return above | _first(values == cut, keep - above.sum(-1, keepdim=True))
-
-
-def _above(values: Tensor, cut: Tensor, ties: int) -> Tensor:
-    """Boolean mask (n,) of what is larger than `cut`, and of the first `ties` entries that equal it."""
-    above = values > cut
-    return above | _first(values == cut, ties) if ties else above
-
-
-def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest entry of each row, (..., n) -> (..., 1)."""
-    if not _is_at_hand(values) or values.dtype != torch.float32:
-        return values.kthvalue(k, dim=-1, keepdim=True).values
-    row = values.detach().numpy().copy()  # whose partition takes a fourteenth of the time of torch's, on a CPU
-    row.partition(k - 1)
-    return torch.from_numpy(row[..., k - 1 : k].copy())
-
-
-def _is_at_hand(values: Tensor) -> bool:
-    """Whether values can be looked at for nothing: in this process's memory, and neither traced nor compiled."""
-    return type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _first(flags: Tensor, count: Tensor | int) -> Tensor:
-    """Keep the first `count` True entries of each row."""
-    if _is_at_hand(flags) and bool((flags.sum(-1, keepdim=True) <= count).all()):  # seldom are there ties
-        return flags
-    return flags & (flags.cumsum(-1) <= count)
+    wide = torch.promote_types(weight.dtype, dtype)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=matrix, keepdim=True, dtype=wide)
+    return (norm.to(dtype) / math.sqrt(math.prod(weight.shape[-2:]))).clamp_min(torch.finfo(dtype).tiny)

@@ -9,7 +9,8 @@ rounded once, to the dtype of x.
 
 A quantised W is given as a function that returns it in full; it is called anew in backward and never kept.
 
-A gate that ranks its scores does so in the forward pass alone: what it keeps is remembered, in bits.
+A gate that ranks its scores does so in the forward pass alone: its cut is remembered or, where several scores share
+it or there are several, what it keeps, in bits.
 
 With `Mask.compiled` gate, product and gradient are one pass over W and the scores each, instead of one per operation.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskft.compiling import compiled
-from maskft.gates import Gate
+from maskft.gates import AtLeast, Gate, TopK, TopKGlobal
 from maskft.packing import from_bits, to_bits
 from maskft.scores import Dense, Layout, Parameters
 
@@ -94,14 +95,19 @@ class Mask:
     step: ScoreStep | None = None
 
     @property
+    def elementwise(self) -> bool:
+        """Whether the gate looks at each entry alone."""
+        return getattr(self.gate, "elementwise", False)
+
+    @property
     def ranked(self) -> bool:
         """Whether to find out what is kept takes longer than to remember it, in a bit for each weight."""
-        return getattr(self.gate, "hard", False) and not getattr(self.gate, "elementwise", False)
+        return getattr(self.gate, "hard", False) and not self.elementwise
 
     @property
     def fused(self) -> bool:
         """Whether the compiled code serves this mask."""
-        return self.compiled and getattr(self.gate, "elementwise", False)
+        return self.compiled and self.elementwise
 
     def raw_offset(self, weight: Tensor) -> Tensor:
         """D, in the dtype it is kept in."""
@@ -198,16 +204,16 @@ class _Masked(torch.autograd.Function):
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, mask: Mask, *parameters: Tensor) -> Tensor:
-        ctx.kept, ctx.mask = isinstance(weight, Tensor), mask
+        ctx.kept = isinstance(weight, Tensor)
         ctx.weight = None if ctx.kept else weight
         frozen = weight if isinstance(weight, Tensor) else weight()
-        mask = replace(mask, parameters=parameters)
+        mask = _settled(replace(mask, parameters=parameters), frozen)
         if ranked := mask.ranked and mask.cache is None and any(ctx.needs_input_grad):
             kept = mask.gate.value(mask.offset(frozen), frozen).bool()
             masked = _cut(frozen, kept, x.dtype)
         else:
             masked = masked_matrix(mask, frozen, x.dtype)
-        ctx.ranked = ranked
+        ctx.mask, ctx.ranked = replace(mask, parameters=()), ranked
         ctx.save_for_backward(x, *([frozen] if ctx.kept else []), *([to_bits(kept)] if ranked else []), *parameters)
         # data: of more than two dimensions the result is a view, which callers could not change in place
         return F.linear(x, _ordered(masked, frozen), _like(bias, x)).data
@@ -224,7 +230,7 @@ class _MaskedLinear(torch.autograd.Function):
         scores: list[Tensor | None] = [None] * len(parameters)
         if any(ctx.needs_input_grad[4:]):
             dmasked = dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)
-            if mask.step is not None and mask.step.takes():
+            if mask.step is not None and mask.elementwise and mask.step.takes():
                 masked = mask.step(mask, weight, dmasked)
             else:
                 masked, gradients = _masked_and_gradients(mask, weight, dmasked, masked)
@@ -248,6 +254,22 @@ def _masked(mask: Mask, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.gate.value(mask.offset(weight), weight).mul_(weight).to(dtype)
 
 
+def score_sizes(mask: Mask, weight: Tensor, gate: AtLeast) -> Tensor:
+    """|S| of the mask's offsets and one matrix, as `gate` has it, in the dtype of the gate; a tensor of its own."""
+    if not mask.compiled:
+        return gate.score(mask.offset(weight), weight).abs()
+    flat, offset = _flat(weight, mask.raw_offset(weight))
+    return _sizes(flat, offset, gate)
+
+
+def _settled(mask: Mask, weight: Tensor) -> Mask:
+    """The mask with its ranking's cut, where that tells all and there is no cache, which knows gates by settings."""
+    if not isinstance(mask.gate, TopK | TopKGlobal) or mask.cache is not None:
+        return mask
+    gate = mask.gate.settled(weight, lambda gate: score_sizes(mask, weight, gate))
+    return mask if gate is None else replace(mask, gate=gate)
+
+
 def _masked_and_gradients(
     mask: Mask, weight: Tensor, dmasked: Tensor, masked: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
@@ -265,6 +287,11 @@ def _masked_and_gradients(
     else:
         doffset = _gradient(dflat, flat, offset, mask.gate)
     return masked.view(weight.shape), [*mask.layout.gradients(doffset.view(weight.shape), mask.parameters)]
+
+
+@compiled
+def _sizes(weight: Tensor, offset: Tensor, gate: AtLeast) -> Tensor:
+    return gate.score(_wide(offset, weight), weight).abs()
 
 
 @compiled

@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 
 from maskft.compiling import compiled
 from maskft.errors import UserError, did_you_mean
-from maskft.gates import Gate
+from maskft.gates import Gate, TopK
 from maskft.linear import Mask, WeightCache, masked_and_gradient, masked_matrix
 from maskft.optim import NUMBERS, ScoreAdamW, adamw, adamw_8bit
 from maskft.scores import Dense
@@ -116,8 +116,9 @@ def cached_weights(model: Any) -> Iterator[None]:
 def fuse_steps(model: Any, stepper: StepInBackward) -> None:
     """Let layers with dense scores make the step of these without writing down their gradient, one pass in all.
 
-    That is done for layers whose first step showed that they run once per step, and where nothing is clipped, no scores
-    are ranked and the optimizer is a `ScoreAdamW`; all others go on as they are.
+    That is done for layers whose first step showed that they run once per step, and where nothing is clipped, the
+    optimizer is a `ScoreAdamW` and the gate looks at each entry alone, as one that ranks does when it has its cut; all
+    others go on as they are.
     """
     optimizer = stepper.optimizer
     if not isinstance(optimizer, ScoreAdamW) or stepper.max_norm > 0:
@@ -126,7 +127,8 @@ def fuse_steps(model: Any, stepper: StepInBackward) -> None:
     for layer in _masked_layers(model):
         for name, layout in layer.mask_layout.items():
             scores = layer.parameters_of(name)[0]
-            alone = getattr(layer.mask_gate[name], "elementwise", False)
+            gate = layer.mask_gate[name]
+            alone = getattr(gate, "elementwise", False) or isinstance(gate, TopK)
             if alone and isinstance(layout, Dense) and scores in trained and scores.is_contiguous():
                 step = layer.score_steps[name] = FusedStep(stepper, scores)
                 stepper.ended.append(step.end)

@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft import gates
+from maskft import gates, selection
 from maskft.memory import MODES
 from maskft.plan.skeleton import Skeleton, imagine
 from maskft.plan.step import Load, batch, make_loss
@@ -75,7 +75,8 @@ def timelines(skeleton: Skeleton, way: Way, load: Load) -> tuple[Timeline, Timel
 def test_a_pass_without_values_keeps_what_a_real_one_keeps(
     name: str, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "_is_at_hand", lambda values: False)  # real values are ranked in other operations
+    for module in (gates, selection):  # real values are ranked in other operations
+        monkeypatch.setattr(module, "is_at_hand", lambda values: False)
     skeleton = llama()
     config = skeleton.targets(MaskConfig())
     way = ways(config)[name]

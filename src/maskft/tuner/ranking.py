@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from maskft.errors import ModelError
-from maskft.gates import TopKGlobal, global_cut
+from maskft.gates import AtLeast, TopKGlobal, global_cut
+from maskft.linear import score_sizes
 from maskft.tuner.sharding import is_partitioned, is_sharded
 
 if TYPE_CHECKING:
@@ -72,7 +73,10 @@ class GlobalRanking:
             for layer in self.layers:
                 weight = layer.pretrained_matrix()
                 mask = layer.mask(self.adapter_name, draft)
-                sizes.append(draft.score(mask.offset(weight), weight).abs())
+                if weight.dim() == 2:
+                    sizes.append(score_sizes(mask, weight, AtLeast.from_start(weight, self.magnitude_start)))
+                else:
+                    sizes.append(draft.score(mask.offset(weight), weight).abs())
             cut, ties = global_cut(sizes, self.keep_ratio)
         gates = (TopKGlobal(cut, n, self.magnitude_start) for n in ties)
         self._gates = dict(zip(map(id, self.layers), gates, strict=True))
