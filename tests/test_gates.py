@@ -376,7 +376,7 @@ def test_the_fast_selection_finds_what_torch_finds(kind: str) -> None:
         "long, ties": torch.randn(1, (1 << 22) + 5, generator=generator).round(),
         "extremes": torch.tensor([[-float("inf"), float("inf"), -1e-45, 1e-45, -0.0, 0.0, 3e38, -3e38]]),
     }[kind]
-    for k in range(1, values.shape[-1] + 1, max(7, values.shape[-1] // 4)):
+    for k in range(1, values.shape[-1] + 1, 7 if values.shape[-1] <= 500 else values.shape[-1] // 4):
         expected = values.kthvalue(k, dim=-1, keepdim=True).values
         assert torch.equal(kth_smallest(values, k), expected)
         assert torch.equal(kth_smallest(values[0], k), expected[0])

@@ -31,7 +31,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskft.selection import above_cut, is_at_hand, kth_smallest, largest
+from maskft.selection import above_cut, clear_cut, is_at_hand, kth_smallest, largest
 
 
 class Gate(Protocol):
@@ -164,17 +164,11 @@ class TopK:
             weight: W, of the offsets' shape.
             size: returns |S| of a gate, as a tensor of its own, whose entries are put into another order.
         """
-        keep = round(self.keep_ratio * weight.numel())
-        if weight.dim() != 2 or self.slices or not is_at_hand(weight) or not 0 < keep < weight.numel():
+        if weight.dim() != 2 or self.slices or not is_at_hand(weight):
             return None
         gate = AtLeast.from_start(weight, self.magnitude_start)
-        sizes = size(gate)
-        if not is_at_hand(sizes) or sizes.dtype != torch.float32:
-            return None
-        row, cut_off = sizes.numpy().reshape(-1), weight.numel() - keep
-        row.partition(cut_off)
-        cut = row[cut_off]
-        return replace(gate, cut=torch.tensor(cut)) if row[:cut_off].max() < cut else None
+        cut = clear_cut(size(gate), round(self.keep_ratio * weight.numel()))
+        return None if cut is None else replace(gate, cut=cut)
 
     def _kept(self, score: Tensor) -> Tensor:
         size = score.abs().flatten(-2) if score.dim() > 1 else score.abs()
@@ -193,7 +187,7 @@ class AtLeast:
 
     Attributes:
         cut: the smallest |S| that stays, a scalar.
-        scale: S = D + |W| / scale, with a scalar; or S = D, with None.
+        scale: S = D + |W| / scale, with a scalar, or (..., 1, 1) for several matrices; or S = D, with None.
     """
 
     cut: Tensor
@@ -204,15 +198,17 @@ class AtLeast:
 
     @classmethod
     def from_start(cls, weight: Tensor, magnitude_start: bool) -> AtLeast:
-        """Without a cut yet, for scores of one matrix that start as those of `TopK`."""
+        """Without a cut yet, for scores that start as those of `TopK`."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return cls(
-            weight.new_zeros((), dtype=wide), _root_mean_square(weight, wide).squeeze() if magnitude_start else None
-        )
+        cut = weight.new_zeros((), dtype=wide)
+        if not magnitude_start:
+            return cls(cut)
+        scale = _root_mean_square(weight, wide)
+        return cls(cut, scale.squeeze() if weight.dim() == 2 else scale)
 
     def score(self, offset: Tensor, weight: Tensor) -> Tensor:
         """S, in the dtype of `offset`."""
-        return offset if self.scale is None else weight.abs().to(offset.dtype) / self.scale + offset
+        return offset if self.scale is None else _from_magnitude(offset, weight, self.scale)
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return (self.score(offset, weight).abs() >= self.cut).to(offset.dtype)
@@ -302,9 +298,10 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def _from_magnitude(offset: Tensor, weight: Tensor) -> Tensor:
-    """D + |W| / rms(W), the root mean square taken over each matrix."""
-    return weight.abs().to(offset.dtype).div_(_root_mean_square(weight, offset.dtype)).add_(offset)
+def _from_magnitude(offset: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """D + |W| / rms(W), the root mean square taken over each matrix where it is not given as `scale`."""
+    size = weight.abs().to(offset.dtype)
+    return size.div_(_root_mean_square(weight, offset.dtype) if scale is None else scale).add_(offset)
 
 
 def _root_mean_square(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -254,19 +254,20 @@ def _masked(mask: Mask, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.gate.value(mask.offset(weight), weight).mul_(weight).to(dtype)
 
 
-def score_sizes(mask: Mask, weight: Tensor, gate: AtLeast) -> Tensor:
-    """|S| of the mask's offsets and one matrix, as `gate` has it, in the dtype of the gate; a tensor of its own."""
-    if not mask.compiled:
-        return gate.score(mask.offset(weight), weight).abs()
+def score_sizes(mask: Mask, weight: Tensor) -> Tensor:
+    """|S| of a mask with the gate `AtLeast`, of W's shape or flat, in the dtype of the gate; a tensor of its own."""
+    assert isinstance(mask.gate, AtLeast)
+    if not mask.compiled or weight.dim() != 2:
+        return mask.gate.score(mask.offset(weight), weight).abs()
     flat, offset = _flat(weight, mask.raw_offset(weight))
-    return _sizes(flat, offset, gate)
+    return _sizes(flat, offset, mask.gate)
 
 
 def _settled(mask: Mask, weight: Tensor) -> Mask:
     """The mask with its ranking's cut, where that tells all and there is no cache, which knows gates by settings."""
     if not isinstance(mask.gate, TopK | TopKGlobal) or mask.cache is not None:
         return mask
-    gate = mask.gate.settled(weight, lambda gate: score_sizes(mask, weight, gate))
+    gate = mask.gate.settled(weight, lambda gate: score_sizes(replace(mask, gate=gate), weight))
     return mask if gate is None else replace(mask, gate=gate)
 
 

@@ -35,6 +35,23 @@ def above_cut(values: Tensor, cut: Tensor, ties: int) -> Tensor:
     return above | _first(values == cut, ties) if ties else above
 
 
+def clear_cut(values: Tensor, keep: int) -> Tensor | None:
+    """The smallest of the `keep` largest entries, a scalar, where all others are smaller.
+
+    None where they are not, where all or none are kept, or where values cannot be looked at for nothing.
+
+    Args:
+        values: a tensor of its own, whose entries are put into another order.
+        keep: how many to keep.
+    """
+    dropped = values.numel() - keep
+    if not is_at_hand(values) or values.dtype != torch.float32 or not 0 < dropped < values.numel():
+        return None
+    row = values.numpy().reshape(-1)
+    row.partition(dropped)
+    return torch.tensor(row[dropped]) if row[:dropped].max() < row[dropped] else None
+
+
 def kth_smallest(values: Tensor, k: int) -> Tensor:
     """The k-th smallest entry of each row, (..., n) -> (..., 1)."""
     if not is_at_hand(values) or values.dtype != torch.float32:

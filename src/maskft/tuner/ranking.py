@@ -67,16 +67,12 @@ class GlobalRanking:
         return self._gates[id(layer)]
 
     def _refresh(self) -> None:
-        draft = TopKGlobal(torch.zeros(()), 0, self.magnitude_start)
         sizes = []
         with torch.no_grad():
             for layer in self.layers:
                 weight = layer.pretrained_matrix()
-                mask = layer.mask(self.adapter_name, draft)
-                if weight.dim() == 2:
-                    sizes.append(score_sizes(mask, weight, AtLeast.from_start(weight, self.magnitude_start)))
-                else:
-                    sizes.append(draft.score(mask.offset(weight), weight).abs())
+                gate = AtLeast.from_start(weight, self.magnitude_start)
+                sizes.append(score_sizes(layer.mask(self.adapter_name, gate), weight))
             cut, ties = global_cut(sizes, self.keep_ratio)
         gates = (TopKGlobal(cut, n, self.magnitude_start) for n in ties)
         self._gates = dict(zip(map(id, self.layers), gates, strict=True))
