@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -249,6 +250,14 @@ class TestTopK:
         # |W| over its root mean square is 1 for these weights: scores -2, 0.5, 1, 3
         assert TopK(0.5).derivative(offset, torch.tensor([1.0, -1, 1, -1])).tolist() == [-1, 1, 1, 1]
 
+    @pytest.mark.parametrize("slices", [(), (1, 2)])
+    def test_straight_through_derivative_is_one_and_leaves_the_value(self, slices: tuple[int, ...]) -> None:
+        offset, weight = torch.randn(3, 4), torch.randn(3, 4)
+        gate = TopK(0.5, slices=slices)
+        straight = replace(gate, straight_through=True)
+        assert torch.equal(straight.derivative(offset, weight), torch.ones(3, 4))
+        assert torch.equal(straight.value(offset, weight), gate.value(offset, weight))
+
 
 class TestStackedMatrices:
     def test_each_slice_keeps_its_own_share(self) -> None:
@@ -281,9 +290,12 @@ class TestSettledRanking:
 
     @pytest.mark.parametrize("magnitude_start", [True, False])
     @pytest.mark.parametrize("keep_ratio", [0.01, 0.5, 0.9, 0.999])
-    def test_keeps_the_same_and_has_the_same_derivative(self, keep_ratio: float, magnitude_start: bool) -> None:
+    @pytest.mark.parametrize("straight_through", [True, False])
+    def test_keeps_the_same_and_has_the_same_derivative(
+        self, keep_ratio: float, magnitude_start: bool, straight_through: bool
+    ) -> None:
         offset, weight = torch.randn(20, 50), torch.randn(20, 50).bfloat16()
-        gate = TopK(keep_ratio, magnitude_start)
+        gate = TopK(keep_ratio, magnitude_start, straight_through=straight_through)
         settled = gate.settled(weight, size_of(offset, weight))
         assert settled is not None
         assert torch.equal(settled.value(offset, weight), gate.value(offset, weight))
@@ -359,7 +371,9 @@ class TestGlobalRanking:
 
     def test_derivative_is_the_sign_of_the_score(self) -> None:
         gate = TopKGlobal(torch.tensor(1.0), 0, magnitude_start=False)
-        assert gate.derivative(torch.tensor([-3.0, 0.0, 2.0]), torch.ones(3)).tolist() == [-1, 0, 1]
+        offset, weight = torch.tensor([-3.0, 0.0, 2.0]), torch.ones(3)
+        assert gate.derivative(offset, weight).tolist() == [-1, 0, 1]
+        assert replace(gate, straight_through=True).derivative(offset, weight).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["normal", "sizes", "ties", "zeros", "one", "extremes", "long", "long, ties"])

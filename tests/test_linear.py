@@ -22,6 +22,7 @@ GATES: list[Gate] = [
     Centered(0.7, straight_through=True),
     TopK(0.6),
     TopK(0.6, magnitude_start=False),
+    TopK(0.6, straight_through=True),
     Threshold(0.6, 0.5),
 ]
 EXACT = [gate for gate in GATES if isinstance(gate, Soft | Normalized | Centered) and not gate.straight_through]
@@ -280,10 +281,11 @@ def test_what_is_ranked_with_ties_is_ranked_once_and_remembered_in_bits(
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("magnitude_start", [False, True])
+@pytest.mark.parametrize("straight_through", [False, True])
 def test_what_is_ranked_without_ties_is_remembered_by_its_cut(
-    compiled: bool, magnitude_start: bool, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, magnitude_start: bool, straight_through: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = TopK(0.9, magnitude_start)
+    gate = TopK(0.9, magnitude_start, straight_through=straight_through)
     x, weight, bias, offset = inputs((2,), (24, 40), dtype=torch.bfloat16)
     y = plain_masked_linear(x, weight, bias, [mask(offset, gate)])
     dy = torch.randn_like(y)

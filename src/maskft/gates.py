@@ -11,8 +11,8 @@ function of the offset (and, where the start depends on it, of the frozen weight
     threshold   m = 1 if S >= 0, else 0            starts at all ones
 
 In soft, normalized and threshold S starts at s0 = T * logit(m0). Soft gates have the exact derivative dm/dD or, on
-request, the straight-through one, dm/dS = 1. The hard gates have only the straight-through one; for topk, whose
-mask is made of |S|, that is sign(S).
+request, the straight-through one, dm/dS = 1. Hard gates have no exact one: threshold has the straight-through one, and
+topk, whose mask is made of |S|, sign(S) or, on request, the straight-through one too.
 
 [1] "Rethinking Fine-Tuning: Unlocking Hidden Capabilities in Vision-Language Models", arXiv 2512.23073. Ranking by
     matrix, the factor sign(S) and random starts follow the code of its predecessor, arXiv 2503.22764.
@@ -137,11 +137,13 @@ class TopK:
         magnitude_start: see above.
         slices: heights of matrices that are stacked in one, such as a fused q, k, v; each is ranked by itself.
             Matrices along leading dimensions (experts) always are.
+        straight_through: use dm/dD = 1 instead of sign(S).
     """
 
     keep_ratio: float
     magnitude_start: bool = True
     slices: tuple[int, ...] = ()
+    straight_through: bool = False
     identity_at_start = False
     hard = True
 
@@ -155,7 +157,7 @@ class TopK:
         return self._each_matrix(self._kept, self.score(offset, weight))
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
-        return torch.sign(self.score(offset, weight))
+        return torch.ones_like(offset) if self.straight_through else torch.sign(self.score(offset, weight))
 
     def settled(self, weight: Tensor, size: Callable[[AtLeast], Tensor]) -> AtLeast | None:
         """The gate that keeps the same by a cut alone; None where ties or several matrices forbid it, or to look.
@@ -168,7 +170,7 @@ class TopK:
             return None
         gate = AtLeast.from_start(weight, self.magnitude_start)
         cut = clear_cut(size(gate), round(self.keep_ratio * weight.numel()))
-        return None if cut is None else replace(gate, cut=cut)
+        return None if cut is None else replace(gate, cut=cut, straight_through=self.straight_through)
 
     def _kept(self, score: Tensor) -> Tensor:
         size = score.abs().flatten(-2) if score.dim() > 1 else score.abs()
@@ -188,10 +190,12 @@ class AtLeast:
     Attributes:
         cut: the smallest |S| that stays, a scalar.
         scale: S = D + |W| / scale, with a scalar, or (..., 1, 1) for several matrices; or S = D, with None.
+        straight_through: as of `TopK`.
     """
 
     cut: Tensor
     scale: Tensor | None = None
+    straight_through: bool = False
     identity_at_start = False
     elementwise = True
     hard = True
@@ -214,7 +218,7 @@ class AtLeast:
         return (self.score(offset, weight).abs() >= self.cut).to(offset.dtype)
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
-        return torch.sign(self.score(offset, weight))
+        return torch.ones_like(offset) if self.straight_through else torch.sign(self.score(offset, weight))
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +233,7 @@ class TopKGlobal:
     cut: Tensor
     ties: int
     magnitude_start: bool = True
+    straight_through: bool = False
     identity_at_start = False
     hard = True
 
@@ -241,13 +246,14 @@ class TopKGlobal:
         return above_cut(size.flatten(), self.cut.to(size), self.ties).to(offset.dtype).view_as(offset)
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
-        return torch.sign(self.score(offset, weight))
+        return torch.ones_like(offset) if self.straight_through else torch.sign(self.score(offset, weight))
 
     def settled(self, weight: Tensor, size: Callable[[AtLeast], Tensor]) -> AtLeast | None:
         """As `TopK.settled`."""
         if weight.dim() != 2 or not is_at_hand(weight):
             return None
-        gate = replace(AtLeast.from_start(weight, self.magnitude_start), cut=self.cut)
+        gate = AtLeast.from_start(weight, self.magnitude_start)
+        gate = replace(gate, cut=self.cut, straight_through=self.straight_through)
         if not self.ties and self.cut > 0:
             return replace(gate, cut=torch.nextafter(self.cut, self.cut.new_tensor(math.inf)))
         return gate if int(torch.count_nonzero(size(gate) == self.cut)) == self.ties else None

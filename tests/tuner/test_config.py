@@ -60,6 +60,7 @@ class TestGates:
             ({"gate": "centered", "temperature": 0.5}, Centered(0.5)),
             ({"gate": "topk", "keep_ratio": 0.3}, TopK(0.3)),
             ({"gate": "topk", "init_weights": "random"}, TopK(0.9, magnitude_start=False)),
+            ({"gate": "topk", "straight_through": True}, TopK(0.9, straight_through=True)),
             ({"gate": "threshold", "init_gate": 0.7}, Threshold(0.7, 1.0)),
         ],
     )

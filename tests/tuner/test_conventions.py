@@ -256,6 +256,21 @@ class TestGlobalRanking:
         assert not torch.equal(logits(model), before)
         assert torch.equal(logits(model), self.afresh(model))
 
+    @pytest.mark.parametrize("ranking", ["matrix", "global"])
+    def test_straight_through_gradients_lack_the_sign_alone(self, ranking: str) -> None:
+        found = []
+        for straight_through in (False, True):
+            settings = {"gate": "topk", "ranking": ranking, "straight_through": straight_through}
+            model = masked(tiny_llama(), **settings, init_weights="random")
+            scatter(model, seed=8)
+            model(**batch(model)).logits.square().sum().backward()
+            found.append({name: (p.detach(), p.grad) for name, p in scores_of(model).items()})
+        plain, straight = found
+        for name, (score, gradient) in straight.items():
+            assert gradient is not None
+            assert torch.equal(plain[name][0], score)
+            torch.testing.assert_close(plain[name][1], gradient * score.sign())
+
     @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
     def test_follows_loading(self, low_cpu_mem_usage: bool) -> None:
         model, other = self.ranked(), self.ranked()

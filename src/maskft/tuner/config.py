@@ -36,7 +36,8 @@ class MaskConfig(PeftConfig):
             rates usual for LoRA.
         temperature: T > 0 of the sigmoid.
         init_gate: m0 in (0, 1), the soft gate's value at the start; for "threshold", how far a score must fall.
-        straight_through: gradient dm/dS = 1 for the soft gates; the hard gates always use theirs.
+        straight_through: gradient dm/dS = 1 in place of the exact one of the soft gates and of the sign(S) of "topk";
+            "threshold" has no other.
         keep_ratio: share of the weights that "topk" keeps, in (0, 1].
         ranking: "matrix" lets "topk" keep that share of each matrix (of each of q, k, v where they are fused, and of
             each expert), "global" of all masked weights together.
@@ -225,7 +226,7 @@ GATES: dict[str, Callable[[MaskConfig], Gate]] = {
     "soft": lambda c: Soft(c.init_gate, c.temperature, c.straight_through),
     "normalized": lambda c: Normalized(c.init_gate, c.temperature, c.straight_through),
     "centered": lambda c: Centered(c.temperature, c.straight_through),
-    "topk": lambda c: TopK(c.keep_ratio, magnitude_start=c.init_weights != "random"),
+    "topk": lambda c: TopK(c.keep_ratio, c.init_weights != "random", straight_through=c.straight_through),
     "threshold": lambda c: Threshold(c.init_gate, c.temperature),
 }
 """Gates by the name `MaskConfig.gate` knows them by."""

@@ -62,7 +62,7 @@ class MaskModel(BaseTuner):
         config = self.peft_config[adapter_name]
         layers = [m for m in model.modules() if isinstance(m, MaskLayer) and adapter_name in m.mask_layout]
         if config.ranking == "global":
-            ranking = GlobalRanking(adapter_name, config.keep_ratio, config.init_weights != "random")
+            ranking = GlobalRanking(adapter_name, config.make_gate())
             ranking.add(layers)
             for layer in layers:
                 layer.mask_ranking[adapter_name] = ranking

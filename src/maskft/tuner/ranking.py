@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from maskft.errors import ModelError
-from maskft.gates import AtLeast, TopKGlobal, global_cut
+from maskft.gates import AtLeast, TopK, TopKGlobal, global_cut
 from maskft.linear import score_sizes
 from maskft.tuner.sharding import is_partitioned, is_sharded
 
@@ -23,14 +23,12 @@ class GlobalRanking:
 
     Args:
         adapter_name: whose scores are ranked.
-        keep_ratio: share of all masked weights that stay.
-        magnitude_start: rank |D + |W|/rms(W)| instead of |D|.
+        gate: what ranks each matrix by itself; its share, start and derivative are those of all.
     """
 
-    def __init__(self, adapter_name: str, keep_ratio: float, magnitude_start: bool) -> None:
+    def __init__(self, adapter_name: str, gate: TopK) -> None:
         self.adapter_name = adapter_name
-        self.keep_ratio = keep_ratio
-        self.magnitude_start = magnitude_start
+        self.alone = gate
         self.layers: list[MaskLayer] = []
         self._gates: dict[int, TopKGlobal] = {}
         self._seen: list[tuple[int, int, int]] = []  # of all scores: parameter, storage, version
@@ -67,12 +65,12 @@ class GlobalRanking:
         return self._gates[id(layer)]
 
     def _refresh(self) -> None:
-        sizes = []
+        sizes, alone = [], self.alone
         with torch.no_grad():
             for layer in self.layers:
                 weight = layer.pretrained_matrix()
-                gate = AtLeast.from_start(weight, self.magnitude_start)
+                gate = AtLeast.from_start(weight, alone.magnitude_start)
                 sizes.append(score_sizes(layer.mask(self.adapter_name, gate), weight))
-            cut, ties = global_cut(sizes, self.keep_ratio)
-        gates = (TopKGlobal(cut, n, self.magnitude_start) for n in ties)
+            cut, ties = global_cut(sizes, alone.keep_ratio)
+        gates = (TopKGlobal(cut, n, alone.magnitude_start, alone.straight_through) for n in ties)
         self._gates = dict(zip(map(id, self.layers), gates, strict=True))
