@@ -10,6 +10,7 @@ import torch
 from maskft.analysis import probes as module
 from maskft.analysis.probes import Attribute, find_attributes, layer_features, probe, ridge_probe
 from maskft.data import open_image, read
+from maskft.data.turns import join_turns
 from maskft.vlm.load import load_model, load_processor
 from tests.analysis.runs import COUNTS, make_data
 from tests.evaluation.tiny import tiny_base
@@ -74,6 +75,14 @@ def test_attributes_are_questions_with_several_answers(tmp_path: Path) -> None:
     assert set(found[0].test.values()) == {"red", "green", "blue"}
     assert len(find_attributes(train, test, most=1)) == 1
     assert find_attributes(train, test, least=COUNTS["test"] + 1) == []
+
+
+def test_questions_of_a_conversation_count_one_by_one(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    train, test = read(data / "train.json"), read(data / "test.json")
+    joined = join_turns(train, 2)
+    assert len(joined) < len(train)
+    assert find_attributes(joined, test) == find_attributes(train, test)
 
 
 def test_states_of_every_layer(tmp_path: Path) -> None:

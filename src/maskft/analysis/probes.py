@@ -11,17 +11,17 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskft.data import Collator, answer, image_key
+from maskft.data import Collator, image_key
 from maskft.data.easy_vqa import DESCRIBE
-from maskft.data.schema import image_part, text_part, turn
+from maskft.data.schema import image_part, text_of, text_part, turn
 from maskft.errors import RunError
-from maskft.evaluation.evaluate import question_text
 from maskft.runs import load_run
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))
@@ -219,10 +219,14 @@ def _row(image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_question(rows: Iterable[Any]) -> dict[str, dict[str, str]]:
+    """Answers by question and image, each question of a conversation by itself."""
     asked: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
-        if len(row["images"]) == 1 and len(row["messages"]) == 2:
-            asked[question_text(row)][image_key(row["images"][0])] = answer(row)
+        if len(row["images"]) == 1:
+            image = image_key(row["images"][0])
+            for said, after in pairwise(row["messages"]):
+                if (said["role"], after["role"]) == ("user", "assistant"):
+                    asked[text_of(said)][image] = text_of(after)
     return asked
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskft.data.images import open_image
+from maskft.data.schema import text_of
 from maskft.errors import DataError
 
 IGNORED = -100
@@ -30,7 +31,7 @@ def answer(row: Row) -> str:
     messages = row["messages"]
     if not messages or messages[-1]["role"] != "assistant":
         raise DataError(f"{_origin(row)}: the last turn is not the assistant's, so there is no answer. Add the answer.")
-    return "".join(part["text"] for part in messages[-1]["content"] if part["type"] == "text")
+    return text_of(messages[-1])
 
 
 class Collator:

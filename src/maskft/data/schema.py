@@ -45,6 +45,11 @@ def turn(role: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": role, "content": parts}
 
 
+def text_of(message: Mapping[str, Any]) -> str:
+    """What a turn says, without its images."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
 def to_dataset(rows: Iterable[Mapping[str, Any]], *, chunk: int = 10_000) -> Dataset:
     """Build a canonical dataset from canonical rows, `chunk` rows at a time so that memory stays small."""
     schema = FEATURES.arrow_schema

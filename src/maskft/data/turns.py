@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from maskft.data.images import image_names
-from maskft.data.schema import text_part, turn
+from maskft.data.schema import text_of, text_part, turn
 
 Row = Mapping[str, Any]
 
@@ -25,8 +25,7 @@ def join_turns(rows: Iterable[Row], turns: int, *, seed: int = 0) -> list[dict[s
         messages = list(first["messages"])
         for row in others:
             question, answer = row["messages"]
-            text = "".join(part["text"] for part in question["content"] if part["type"] == "text")
-            messages += [turn("user", [text_part(text)]), answer]
+            messages += [turn("user", [text_part(text_of(question))]), answer]
         joined.append({**first, "messages": messages})
     return joined
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.data import answer, image_key, leaked_images, prompt, read
+from maskft.data.schema import text_of
 from maskft.errors import DataError, RunError, gathered
 from maskft.evaluation.generation import Progress, generate_answers
 from maskft.evaluation.metrics import METRICS, accuracy, blind_guesses, option_letter
@@ -125,8 +126,7 @@ def image_groups(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def question_text(row: Any) -> str:
     """The text of the last question."""
-    last = prompt(row)[-1]
-    return "".join(part["text"] for part in last["content"] if part["type"] == "text")
+    return text_of(prompt(row)[-1])
 
 
 def _first_image(row: Any, known: dict[str, str]) -> str | None:
