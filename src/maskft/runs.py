@@ -19,7 +19,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,7 @@ import numpy as np
 
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image, to_dataset
 from maskft.data.images import image_names
+from maskft.data.schema import text_of
 from maskft.data.turns import join_turns
 from maskft.errors import DataError, RecipeError, RunError
 from maskft.learnt import before_training, put_on, result_name
@@ -133,8 +134,14 @@ def training_questions(recipe: Recipe, train: Any) -> Any:
         return train
     data = recipe.data.model_copy(update={"turns": 1, **_all(recipe)})
     rows = _whole_data(recipe.model_copy(update={"data": data}))["train"]
-    seen = {image_names(row) for row in train}
-    return rows.select([i for i, row in enumerate(rows) if image_names(row) in seen])
+    seen = {question for row in train for question in _questions(row)}
+    return rows.select([i for i, row in enumerate(rows) if _questions(row) <= seen])
+
+
+def _questions(row: Mapping[str, Any]) -> set[Hashable]:
+    """What a row asks, each question with the images it is asked about."""
+    images = image_names(row)
+    return {(images, text_of(message)) for message in row["messages"] if message["role"] == "user"}
 
 
 def _all(recipe: Recipe) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskft.data import Collator
+from maskft.data.schema import text_of
 from maskft.data.turns import join_turns
 from maskft.recipe import load_recipe
 from maskft.runs import load_data, training_questions
@@ -65,3 +66,14 @@ def test_a_recipe_joins_its_training_part_alone(tmp_path: Path, share: float) ->
     assert {one["images"][0]["path"] for one in single} == images
     assert len(images) == (3 if share == 1 else 2)
     assert sum(len(one["messages"]) for one in parts["train"]) == 2 * len(single) == 8 * len(images)
+
+
+def test_training_questions_are_those_that_were_trained_on(tmp_path: Path) -> None:
+    asked = [llava(f"<image>\nQ{n}", f"A{n}", image="a.png") for n in range(6)]
+    png(tmp_path / "a.png", "red")
+    data = {"kind": "files", "train": str(write_json(tmp_path / "train.json", asked)), "turns": 2, "share": 0.4}
+    recipe = load_recipe(write_json(tmp_path / "recipe.yaml", {"data": data}))
+    train = load_data(recipe)["train"]
+    trained = {text_of(message) for row in train for message in row["messages"] if message["role"] == "user"}
+    assert len(trained) == 2
+    assert {text_of(row["messages"][0]) for row in training_questions(recipe, train)} == trained
