@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image, to_dataset
+from maskft.data.easy_vqa import INSTRUCTION
 from maskft.data.images import image_names
 from maskft.data.schema import text_of
 from maskft.data.turns import join_turns
@@ -139,9 +140,10 @@ def training_questions(recipe: Recipe, train: Any) -> Any:
 
 
 def _questions(row: Mapping[str, Any]) -> set[Hashable]:
-    """What a row asks, each question with the images it is asked about."""
+    """What a row asks, each question with the images it is asked about; conversations say how to answer only once."""
     images = image_names(row)
-    return {(images, text_of(message)) for message in row["messages"] if message["role"] == "user"}
+    said = (text_of(message) for message in row["messages"] if message["role"] == "user")
+    return {(images, question.removesuffix(INSTRUCTION)) for question in said}
 
 
 def _all(recipe: Recipe) -> dict[str, Any]:

@@ -77,3 +77,11 @@ def test_training_questions_are_those_that_were_trained_on(tmp_path: Path) -> No
     trained = {text_of(message) for row in train for message in row["messages"] if message["role"] == "user"}
     assert len(trained) == 2
     assert {text_of(row["messages"][0]) for row in training_questions(recipe, train)} == trained
+
+
+def test_training_questions_of_the_demos_data(tmp_path: Path) -> None:
+    data = {"kind": "easy-vqa", "turns": 4, "share": 0.5, "limits": {"train": 40, "validation": 1, "test": 1}}
+    recipe = load_recipe(write_json(tmp_path / "recipe.yaml", {"data": data}))
+    train = load_data(recipe)["train"]
+    asked = sum(len(row["messages"]) // 2 for row in train)
+    assert len(training_questions(recipe, train)) == asked > len(train) == 20
