@@ -157,7 +157,7 @@ class TopK:
         return self._each_matrix(self._kept, self.score(offset, weight))
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
-        return torch.ones_like(offset) if self.straight_through else torch.sign(self.score(offset, weight))
+        return _sign(self, offset, weight)
 
     def settled(self, weight: Tensor, size: Callable[[AtLeast], Tensor]) -> AtLeast | None:
         """The gate that keeps the same by a cut alone; None where ties or several matrices forbid it, or to look.
@@ -168,9 +168,9 @@ class TopK:
         """
         if weight.dim() != 2 or self.slices or not is_at_hand(weight):
             return None
-        gate = AtLeast.from_start(weight, self.magnitude_start)
+        gate = AtLeast.from_start(weight, self)
         cut = clear_cut(size(gate), round(self.keep_ratio * weight.numel()))
-        return None if cut is None else replace(gate, cut=cut, straight_through=self.straight_through)
+        return None if cut is None else replace(gate, cut=cut)
 
     def _kept(self, score: Tensor) -> Tensor:
         size = score.abs().flatten(-2) if score.dim() > 1 else score.abs()
@@ -201,14 +201,14 @@ class AtLeast:
     hard = True
 
     @classmethod
-    def from_start(cls, weight: Tensor, magnitude_start: bool) -> AtLeast:
-        """Without a cut yet, for scores that start as those of `TopK`."""
+    def from_start(cls, weight: Tensor, ranked: TopK | TopKGlobal) -> AtLeast:
+        """Without a cut yet, for scores that start as those of `ranked` and have its derivative."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        cut = weight.new_zeros((), dtype=wide)
-        if not magnitude_start:
-            return cls(cut)
+        gate = cls(weight.new_zeros((), dtype=wide), straight_through=ranked.straight_through)
+        if not ranked.magnitude_start:
+            return gate
         scale = _root_mean_square(weight, wide)
-        return cls(cut, scale.squeeze() if weight.dim() == 2 else scale)
+        return replace(gate, scale=scale.squeeze() if weight.dim() == 2 else scale)
 
     def score(self, offset: Tensor, weight: Tensor) -> Tensor:
         """S, in the dtype of `offset`."""
@@ -218,7 +218,7 @@ class AtLeast:
         return (self.score(offset, weight).abs() >= self.cut).to(offset.dtype)
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
-        return torch.ones_like(offset) if self.straight_through else torch.sign(self.score(offset, weight))
+        return _sign(self, offset, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,14 +246,13 @@ class TopKGlobal:
         return above_cut(size.flatten(), self.cut.to(size), self.ties).to(offset.dtype).view_as(offset)
 
     def derivative(self, offset: Tensor, weight: Tensor, value: Tensor | None = None) -> Tensor:
-        return torch.ones_like(offset) if self.straight_through else torch.sign(self.score(offset, weight))
+        return _sign(self, offset, weight)
 
     def settled(self, weight: Tensor, size: Callable[[AtLeast], Tensor]) -> AtLeast | None:
         """As `TopK.settled`."""
         if weight.dim() != 2 or not is_at_hand(weight):
             return None
-        gate = AtLeast.from_start(weight, self.magnitude_start)
-        gate = replace(gate, cut=self.cut, straight_through=self.straight_through)
+        gate = replace(AtLeast.from_start(weight, self), cut=self.cut)
         if not self.ties and self.cut > 0:
             return replace(gate, cut=torch.nextafter(self.cut, self.cut.new_tensor(math.inf)))
         return gate if int(torch.count_nonzero(size(gate) == self.cut)) == self.ties else None
@@ -298,6 +297,11 @@ class Threshold:
 def _scaled_product(m: Tensor, share: float, temperature: float) -> Tensor:
     """m (1 - share * m) / T, the derivative that all sigmoid gates have in common (share = m0, or 1, or 1/2)."""
     return (m * (-share / temperature)).add_(1 / temperature).mul_(m)
+
+
+def _sign(gate: TopK | AtLeast | TopKGlobal, offset: Tensor, weight: Tensor) -> Tensor:
+    """sign(S), which passes a gradient through |S|; or 1, straight through."""
+    return torch.ones_like(offset) if gate.straight_through else torch.sign(gate.score(offset, weight))
 
 
 def _logit(p: float) -> float:

@@ -69,7 +69,7 @@ class GlobalRanking:
         with torch.no_grad():
             for layer in self.layers:
                 weight = layer.pretrained_matrix()
-                gate = AtLeast.from_start(weight, alone.magnitude_start)
+                gate = AtLeast.from_start(weight, alone)
                 sizes.append(score_sizes(layer.mask(self.adapter_name, gate), weight))
             cut, ties = global_cut(sizes, alone.keep_ratio)
         gates = (TopKGlobal(cut, n, alone.magnitude_start, alone.straight_through) for n in ties)
