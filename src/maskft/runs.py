@@ -28,9 +28,8 @@ from typing import Any
 import numpy as np
 
 from maskft.data import leaked_images, load_easy_vqa, read, split_by_image, to_dataset
-from maskft.data.easy_vqa import INSTRUCTION
+from maskft.data.easy_vqa import questions_of
 from maskft.data.images import image_names
-from maskft.data.schema import text_of
 from maskft.data.turns import join_turns
 from maskft.errors import DataError, RecipeError, RunError
 from maskft.learnt import before_training, put_on, result_name
@@ -135,15 +134,14 @@ def training_questions(recipe: Recipe, train: Any) -> Any:
         return train
     data = recipe.data.model_copy(update={"turns": 1, **_all(recipe)})
     rows = _whole_data(recipe.model_copy(update={"data": data}))["train"]
-    seen = {question for row in train for question in _questions(row)}
-    return rows.select([i for i, row in enumerate(rows) if _questions(row) <= seen])
+    seen = {question for row in train for question in _asked(row)}
+    return rows.select([i for i, row in enumerate(rows) if _asked(row) <= seen])
 
 
-def _questions(row: Mapping[str, Any]) -> set[Hashable]:
-    """What a row asks, each question with the images it is asked about; conversations say how to answer only once."""
+def _asked(row: Mapping[str, Any]) -> set[Hashable]:
+    """Each question of a row with the images it is asked about."""
     images = image_names(row)
-    said = (text_of(message) for message in row["messages"] if message["role"] == "user")
-    return {(images, question.removesuffix(INSTRUCTION)) for question in said}
+    return {(images, question) for question, _ in questions_of(row)}
 
 
 def _all(recipe: Recipe) -> dict[str, Any]:

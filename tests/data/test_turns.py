@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskft.data import Collator
+from maskft.data.easy_vqa import COLORS, INSTRUCTION, load_easy_vqa, questions_of
 from maskft.data.schema import text_of
 from maskft.data.turns import join_turns
 from maskft.recipe import load_recipe
@@ -85,3 +86,13 @@ def test_training_questions_of_the_demos_data(tmp_path: Path) -> None:
     train = load_data(recipe)["train"]
     asked = sum(len(row["messages"]) // 2 for row in train)
     assert len(training_questions(recipe, train)) == asked > len(train) == 20
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_questions_are_the_same_in_rows_and_in_conversations(turns: int) -> None:
+    rows = load_easy_vqa("vqa", limits={"validation": 1, "test": 1}, turns=turns)["train"]
+    asked = [one for row in rows for one in questions_of(row)]
+    assert len(asked) == sum(len(row["messages"]) for row in rows) / 2 > 1000
+    assert not any(INSTRUCTION in text for one in asked for text in one)
+    assert {answer for question, answer in asked if question == "What color is the shape?"} == set(COLORS)
+    assert sum(text_of(row["messages"][0]).endswith(INSTRUCTION) for row in rows) == len(rows)

@@ -11,7 +11,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from maskft.data import Collator, image_key
-from maskft.data.easy_vqa import DESCRIBE
-from maskft.data.schema import image_part, text_of, text_part, turn
+from maskft.data.easy_vqa import DESCRIBE, questions_of
+from maskft.data.schema import image_part, text_part, turn
 from maskft.errors import RunError
 from maskft.runs import load_run
 
@@ -219,14 +218,13 @@ def _row(image: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_question(rows: Iterable[Any]) -> dict[str, dict[str, str]]:
-    """Answers by question and image, each question of a conversation by itself."""
+    """Answers by question and image."""
     asked: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
         if len(row["images"]) == 1:
             image = image_key(row["images"][0])
-            for said, after in pairwise(row["messages"]):
-                if (said["role"], after["role"]) == ("user", "assistant"):
-                    asked[text_of(said)][image] = text_of(after)
+            for question, said in questions_of(row):
+                asked[question][image] = said
     return asked
 
 

@@ -10,12 +10,13 @@ import functools
 import random
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset
 
 from maskft.data.images import image_key
-from maskft.data.schema import image_part, text_part, to_dataset, turn
+from maskft.data.schema import image_part, text_of, text_part, to_dataset, turn
 from maskft.data.turns import together
 from maskft.errors import DataError, MissingExtraError, did_you_mean
 
@@ -130,6 +131,15 @@ def _split_images(train: _Source, test: _Source) -> dict[str, list[int]]:
         kept[name] = [image for image in members if keys[image] not in later]
         later.update(keys.values())
     return kept
+
+
+def questions_of(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each question of a row with its answer, without INSTRUCTION, which only a conversation's first turn has."""
+    return [
+        (text_of(said).removesuffix(INSTRUCTION), text_of(reply))
+        for said, reply in pairwise(row["messages"])
+        if (said["role"], reply["role"]) == ("user", "assistant")
+    ]
 
 
 @functools.cache
