@@ -15,6 +15,7 @@ settings.register_profile(
 settings.load_profile("maskft")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file share a process, so that fixtures are made once; those that share the embedded base, one too.
     Some name a group of their own."""

@@ -54,9 +54,10 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 
 
 @pytest.fixture(scope="module")
-def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with DDP."""
-    return tmp_path_factory.mktemp("runs") / "copies"
+def copies(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A run with DDP: its folder, and what was written to the terminal."""
+    run = tmp_path_factory.mktemp("runs") / "copies"
+    return run, run_command("ddp", recipe, run, "--json")
 
 
 def losses(run: Path) -> list[float]:
@@ -70,9 +71,8 @@ def run_command(kind: str, recipe: Path, run: Path, *options: str) -> Done:
     return done
 
 
-def check_training(kind: str, recipe: Path, alone: list[float], run: Path) -> None:
+def check_training(kind: str, alone: list[float], run: Path, done: Done) -> None:
     """The losses are those of one process, and one process speaks."""
-    done = run_command(kind, recipe, run, "--json")
     result = json.loads(done.stdout[done.stdout.index("{") :])
     assert result["train"]["steps"] == 10
     assert result["train"]["trainable_parameters"] == 5120
@@ -95,14 +95,14 @@ def check_resuming(kind: str, recipe: Path, run: Path) -> None:
 
 
 class TestCopies:
-    def test_train_as_one_process_does(self, recipe: Path, alone: list[float], copies: Path) -> None:
-        check_training("ddp", recipe, alone, copies)
+    def test_train_as_one_process_does(self, alone: list[float], copies: tuple[Path, Done]) -> None:
+        check_training("ddp", alone, *copies)
 
-    def test_resume(self, recipe: Path, copies: Path) -> None:
-        check_resuming("ddp", recipe, copies)
+    def test_resume(self, recipe: Path, copies: tuple[Path, Done]) -> None:
+        check_resuming("ddp", recipe, copies[0])
 
     @pytest.mark.slow
-    def test_pause_together(self, recipe: Path, copies: Path, tmp_path: Path) -> None:
+    def test_pause_together(self, recipe: Path, copies: tuple[Path, Done], tmp_path: Path) -> None:
         overrides = ["training.per_device_train_batch_size=2", "training.use_cpu=true"]
         done = launch("ddp", "tests.distributed.paused", "train", recipe, *overrides, "--output", tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -110,13 +110,13 @@ class TestCopies:
         assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["checkpoint-3"]
         run_command("ddp", recipe, tmp_path)
         assert json.loads((tmp_path / "metrics.json").read_text())["train"]["resumed_from_step"] == 3
-        run_command("ddp", recipe, copies)  # where the tests above have not made it
         for name in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (tmp_path / name).read_bytes() == (copies / name).read_bytes()
+            assert (tmp_path / name).read_bytes() == (copies[0] / name).read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
 def test_pieces_train_and_resume(kind: str, recipe: Path, alone: list[float], tmp_path: Path) -> None:
-    check_training(kind, recipe, alone, tmp_path / "run")
-    check_resuming(kind, recipe, tmp_path / "run")
+    run = tmp_path / "run"
+    check_training(kind, alone, run, run_command(kind, recipe, run, "--json"))
+    check_resuming(kind, recipe, run)
