@@ -15,6 +15,8 @@ from maskft.analysis.attribution import ANALYSES, OF_ONE
 from maskft.analysis.bound import learnt_bits, occam_bound
 from maskft.analysis.forgetting import Text, compared, cut, forgetting, read_text, reference_text, surprise
 from maskft.analysis.gap import at_level, common_level, gaps, read_curves, smoothed
+from maskft.data import answer
+from maskft.data.easy_vqa import COLORS, load_easy_vqa
 from maskft.errors import DataError, RunError
 from maskft.vlm.load import load_model
 from tests.adapters.helpers import edit
@@ -166,6 +168,25 @@ def test_damaged_logs(text: str | None, tmp_path: Path) -> None:
         read_curves(tmp_path)
 
 
+def test_captions(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = OF_ONE["captions"](run, images=6)
+    assert (found["images"], found["images_of_training"]) == (6, 0)
+    assert found["exact_base"] == found["named_base"] == 0.0  # of random weights
+
+    truths = [answer(row) for row in load_easy_vqa("captions", limits={"test": 3})["test"]]
+    other = next(color for color in COLORS if color not in truths[1])
+    said = iter(
+        [
+            [truth.replace("A ", "I see a ") for truth in truths],
+            [truths[0], f"{truths[1]} And a {other} one.", truths[2].split()[1]],
+        ]
+    )
+    monkeypatch.setattr("maskft.analysis.captions.generate_answers", lambda *_, **__: next(said))
+    found = OF_ONE["captions"](run, images=3)
+    assert (found["exact_base"], found["named_base"]) == (0.0, 1.0)
+    assert (found["exact_tuned"], found["named_tuned"]) == (1 / 3, 1 / 3)  # one has another colour too, one no shape
+
+
 def test_probes(pair: tuple[Path, Path]) -> None:
     found = OF_ONE["probes"](pair[0])
     assert [one["question"] for one in found["attributes"]] == ["What colour?", "Is it red?"]
@@ -216,7 +237,10 @@ def test_the_command(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bond", "r"], "there is no analysis 'bond'; there are agreement, gap, bound, drift, forgetting, probes. Did"),
+        (
+            ["bond", "r"],
+            "there is no analysis 'bond'; there are agreement, gap, bound, captions, drift, forgetting",
+        ),
         (["bound", "nowhere"], "nowhere is not a run folder"),
         (["bound", "r", "--output", "no/where.json"], "its folder does not exist"),
     ],

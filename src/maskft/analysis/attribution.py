@@ -2,6 +2,7 @@
 
     agreement   do seeds, tasks and settings change the same weights?
     bound       how far can the error lie above the training error, by the bits of the adapter?
+    captions    is a drawn shape still described as before?
     drift       how fast, and for how long, does the mask move?
     forgetting  how much worse is the language model at other text?
     gap         held-out against training loss, where runs have the same training loss
@@ -21,6 +22,7 @@ from typing import Any
 
 from maskft.adapters import distance
 from maskft.analysis.bound import examples_needed, image_errors, learnt_bits, occam_bound
+from maskft.analysis.captions import captions
 from maskft.analysis.compare import checkpoints, drift, overlap, relation
 from maskft.analysis.forgetting import forgetting
 from maskft.analysis.gap import gaps
@@ -175,6 +177,7 @@ def _by_layer(values: dict[str, float | None]) -> list[float | None]:
 
 OF_ONE: dict[str, Callable[..., dict[str, Any]]] = {
     "bound": bound,
+    "captions": captions,
     "drift": mask_drift,
     "forgetting": forgetting,
     "probes": probes,

@@ -47,7 +47,7 @@ def make_data(
 
 
 def analyse(
-    name: Annotated[str, typer.Argument(help="agreement, bound, drift, forgetting, gap or probes.")],
+    name: Annotated[str, typer.Argument(help="agreement, bound, captions, drift, forgetting, gap or probes.")],
     runs: Annotated[list[Path], typer.Argument(help="Finished runs' folders.")],
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     json: AsJson = False,
