@@ -1,7 +1,6 @@
 """More backbones beside the embedded base: their first weights, and the rows they are trained on.
 
     python recipes/backbones/make.py rows data/shapes data/stamps data/clipart --output data/backbones.json
-    python recipes/backbones/make.py rows --asked data/shapes data/stamps data/clipart --output data/asked.json
     python recipes/backbones/make.py captions data/shapes data/digits data/drawings --output data/captions.json
     python recipes/backbones/make.py small-pictures models/small-pictures --projector FILE
     python recipes/backbones/make.py shallow models/small-pictures models/shallow-unhealed
@@ -50,13 +49,12 @@ SIDE = 56
 Asked = tuple[str, str]
 
 
-def rows(folders: Sequence[Path], *, asked: bool, seed: int = 0) -> list[dict[str, Any]]:
+def rows(folders: Sequence[Path], *, seed: int = 0) -> list[dict[str, Any]]:
     """Conversations of at most TURNS questions about one image, in LLaVA's form, shuffled.
 
     Args:
         folders: written by `maskft data`, all in one folder, which image paths become relative to. Rows of
             `easy-vqa --part captions` are asked about in words of our own.
-        asked: these are also asked easy-VQA's questions about the same images, in conversations of their own.
         seed: draws questions and orders.
     """
     draw = random.Random(seed)
@@ -74,11 +72,6 @@ def rows(folders: Sequence[Path], *, asked: bool, seed: int = 0) -> list[dict[st
         chosen = list(shapes) or draw.sample(sorted(told), min(PICTURES, len(told)))
         for image in chosen:
             result.append(_conversation(names[image], f"{folder.name}/{image}", told[image], draw))
-        if asked and shapes:
-            questions = _easy_vqa_questions()
-            for image, name in shapes.items():
-                pairs = questions[int(name.rpartition("/")[2])]
-                result.append(_conversation(f"{name}/asked", f"{folder.name}/{image}", pairs, draw))
     draw.shuffle(result)
     return result
 
@@ -123,16 +116,6 @@ def _about_shape(caption: str, draw: random.Random) -> list[Asked]:
         named = own if draw.random() < 0.5 else draw.choice([name for name in names if name != own])
         pairs.append((question.format(named), "yes" if named == own else "no"))
     return [(question + INSTRUCTION, answer) for question, answer in pairs]
-
-
-def _easy_vqa_questions() -> dict[int, list[Asked]]:
-    """The package's questions about its training images, by image."""
-    import easy_vqa
-
-    found: dict[int, list[Asked]] = defaultdict(list)
-    for question, answer, image in zip(*easy_vqa.get_train_questions(), strict=True):
-        found[image].append((question[0].upper() + question[1:] + INSTRUCTION, answer))
-    return found
 
 
 def _conversation(name: str, image: str, pairs: Iterable[Asked], draw: random.Random) -> dict[str, Any]:
@@ -219,7 +202,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_rows = parts.add_parser("rows", help="join what `maskft data` wrote into one file of conversations")
     of_rows.add_argument("folders", nargs="+", type=Path)
     of_rows.add_argument("--output", required=True, type=Path)
-    of_rows.add_argument("--asked", action="store_true", help="also easy-VQA's questions about its images 0 to 1999")
     of_captions = parts.add_parser("captions", help="captions of pictures and questions about shapes, in one file")
     of_captions.add_argument("folders", nargs="+", type=Path)
     of_captions.add_argument("--output", required=True, type=Path)
@@ -235,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     of_pictures.add_argument("--projector", type=Path, help="what stage 1 has learnt; default: the embedded base's own")
     given = parser.parse_args(arguments)
     if given.part in ("rows", "captions"):
-        made = captions(given.folders) if given.part == "captions" else rows(given.folders, asked=given.asked)
+        made = captions(given.folders) if given.part == "captions" else rows(given.folders)
         given.output.write_text(json.dumps(made, indent=1))
         sys.stdout.write(f"{given.output}: {len(made):,} conversations\n")
     elif given.part == "shallow":

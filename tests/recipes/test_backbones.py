@@ -46,7 +46,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         patch.setitem(make.PHI, "num_attention_heads", 4)
         make.main(["rows", "data/shapes", "data/pictures", "--output", "data/backbones.json"])
-        make.main(["rows", "data/shapes", "data/pictures", "--output", "data/asked.json", "--asked"])
         make.main(["captions", "data/shapes", "data/told", "--output", "data/captions.json"])
         make.main(["shallow", str(base), "models/shallow-unhealed", "--layers", "1"])
         make.main(["phi", str(base), "models/phi-untrained"])
@@ -110,20 +109,6 @@ def about(caption: str, seed: int) -> list[tuple[str, str]]:
     return [(question.removesuffix(INSTRUCTION), answer) for question, answer in found]
 
 
-def test_asked_rows_have_easy_vqas_questions_about_the_same_images_alone(place: Path) -> None:
-    rows = json.loads((place / "data" / "asked.json").read_text())
-    assert {row["id"] for row in rows if row["id"].endswith("/asked")} == {
-        f"easy-vqa/train/{image}/asked" for image in (7, 8)
-    }
-    known = {question.removesuffix(INSTRUCTION): answer for question, answer in make._easy_vqa_questions()[7]}
-    asked = [row for row in rows if row["id"] == "easy-vqa/train/7/asked"]
-    (pairs,) = turns(asked, "shapes/7.png")
-    assert len(pairs) == make.TURNS
-    assert [question.endswith(INSTRUCTION) for question, _ in pairs] == [True] + [False] * (make.TURNS - 1)
-    asked_of = [(question.removeprefix("<image>\n").removesuffix(INSTRUCTION), answer) for question, answer in pairs]
-    assert all(known[question] == answer for question, answer in asked_of)
-
-
 def test_captions_say_what_is_seen(place: Path) -> None:
     rows = json.loads((place / "data" / "captions.json").read_text())
     shapes = [row for row in rows if row["image"].startswith("shapes/")]
@@ -177,7 +162,7 @@ def test_dry_run(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(place)
     seen = preview(load_recipe(BACKBONES / f"{name}.yaml"), Path("runs") / name)
     assert seen["missing"] == []
-    assert seen["train_examples"] == {"shallow": 3, "phi": 5, "pictures": 4}[name]
+    assert seen["train_examples"] == {"shallow": 3, "phi": 3, "pictures": 4}[name]
     model = load_skeleton(str(place / "models" / seen["recipe"]["model"]["base"]), dtype="bfloat16")
     vision = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" in name)
     assert seen["trainable_parameters"] == seen["base_parameters"] - vision
