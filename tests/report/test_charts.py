@@ -37,6 +37,12 @@ def test_lines() -> None:
     assert line_chart("Loss", {"a": []}, x="step", y="nats") == ""
 
 
+def test_a_line_goes_through_the_mean_of_points_that_share_an_x() -> None:
+    chart = line_chart("Accuracy", {"a": [(0, 0.0), (10, 1.0), (10, 3.0), (20, 4.0)]}, x="rho", y="share")
+    assert re.findall(r'points="([^"]*)"', chart) == ["66.0,212.0 241.0,111.0 416.0,10.0"]
+    assert chart.count("<circle") == 4
+
+
 def test_intervals_of_points_stand_upright_side_by_side() -> None:
     lines = {"a": [(0, 1.0), (10, 2.0)], "b": [(0, 1.5), (10, 1.5)]}
     chart = line_chart("Accuracy", lines, x="step", y="share", spans={"a": [(0, 0.0, 4.0)], "b": [(0, 1.0, 2.0)]})

@@ -7,7 +7,9 @@ what is returned is safe to put into a page. Lengths are in the SVG's own units.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 
 from markupsafe import Markup, escape
 
@@ -32,7 +34,8 @@ def line_chart(
     share: bool = False,
     spans: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> Markup:
-    """Lines through points (x, y), with a legend where there are several.
+    """Lines through points (x, y), with a legend where there are several. Where points of one line share an x, it goes
+    through their mean.
 
     Args:
         title: says what is shown.
@@ -57,7 +60,10 @@ def line_chart(
             place = across[0](a) + 2 * (number - (len(series) - 1) / 2)
             ends = f'x1="{place:.1f}" y1="{up[0](low):.1f}" x2="{place:.1f}" y2="{up[0](high):.1f}"'
             parts.append(f'<line {ends} stroke-width="1" {style}/>')
-        path = " ".join(f"{across[0](a):.1f},{up[0](b):.1f}" for a, b in line)
+        heights = defaultdict[str, list[float]](list)
+        for a, b in line:
+            heights[f"{across[0](a):.1f}"].append(up[0](b))
+        path = " ".join(f"{place},{mean(those):.1f}" for place, those in heights.items())
         parts.append(f'<polyline points="{path}" fill="none" stroke-width="2" {style}/>')
         if len(line) <= 20:
             dots = (f'<circle cx="{across[0](a):.1f}" cy="{up[0](b):.1f}" r="2.5"/>' for a, b in line)
