@@ -49,6 +49,18 @@ def test_the_language_model_is_quantised_and_nothing_else(folder: Path, quantiza
     assert torch.isfinite(model.train()(**batch(model)).logits).all()
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_an_evaluation_leaves_weights_as_training_reads_them(folder: Path, quantization: str) -> None:
+    """bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs, and computes no gradient from then on."""
+    model = load_model(str(folder), dtype="bfloat16", quantization=quantization)
+    weights = {name: p.data.clone() for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
+    with torch.no_grad():
+        expected = model.train()(**batch(model)).logits
+        found = model.eval()(**batch(model)).logits
+    assert torch.equal(found, expected)
+    assert all(torch.equal(model.get_parameter(name).data, weight) for name, weight in weights.items())
+
+
 def test_none_is_the_default(folder: Path) -> None:
     assert set(kinds(load_model(str(folder), dtype="float32")).values()) == {"Parameter"}
 
