@@ -28,6 +28,7 @@ TEXT_TOKENS = 295
 PEAK, SHARE = 312e12, 0.3
 """FLOP/s of an A100 in bf16, and how much of that training reaches, assumed."""
 PLAN = "plan.json"
+_STEP = "relative_step"
 _STEPS, _DATA = "training.max_steps", "data.share"
 
 
@@ -143,7 +144,9 @@ def _planned(study: Study, paper: Paper, variant: str) -> dict[str, Any] | None:
 def paper_recipe(study: Study, paper: Paper, variant: str) -> Recipe:
     """The paper's recipe with the variant's model and method, and the first values of such axes."""
     axes = {key: axis.values[0] for key, axis in study.vary.items() if variant in (axis.variants or study.variants)}
-    settings = {key: value for key, value in {**study.variants[variant], **axes}.items() if _of_method(key)}
+    settings = {
+        key: _without_step(value) for key, value in {**study.variants[variant], **axes}.items() if _of_method(key)
+    }
     base = {} if paper.config is None else {"model.base": str(paper.config)}
     try:
         return load_recipe(paper.recipe, as_overrides({**base, **settings}))
@@ -153,7 +156,12 @@ def paper_recipe(study: Study, paper: Paper, variant: str) -> Recipe:
 
 def _of_method(key: str) -> bool:
     """Whether a setting belongs to the model or method, and not to the learning rate, which the recipe has."""
-    return key.partition(".")[0] in ("model", "method") and key != "method.relative_step"
+    return key.partition(".")[0] in ("model", "method") and key != f"method.{_STEP}"
+
+
+def _without_step(value: Any) -> Any:
+    """A whole section `method`, or a setting in it, likewise."""
+    return {key: own for key, own in value.items() if key != _STEP} if isinstance(value, Mapping) else value
 
 
 def _share_of_run(study: Study, cell: Cell) -> float:
