@@ -50,6 +50,14 @@ def test_intervals_of_points_stand_upright_side_by_side() -> None:
     assert found == [("65.0", "212.0", "65.0", "10.0"), ("67.0", "161.5", "67.0", "111.0")]  # of a frame from 0 to 4
 
 
+def test_names_of_intervals_are_whole_up_to_a_width() -> None:
+    names = ["low-rank 0.002 small-pictures", "low-rank 0.0012 small-pictures", "a name that is longer than any picture"]
+    chart = intervals("Accuracy", [(name, 0.5, 0.4, 0.6) for name in names], x="accuracy")
+    shown = re.findall(r'text-anchor="end">([^<]*)<', chart)
+    assert shown[:2] == names[:2]
+    assert len(shown[2]) == 32
+
+
 def test_lines_beyond_the_colours_are_dashed() -> None:
     assert "dash" not in line_style(5)
     assert "dash" in line_style(6)

@@ -84,13 +84,16 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], *, x:
     """Shares with their intervals, a row each: (name, value, low, high)."""
     if not rows:
         return Markup()
-    left, step = 175, 24
+    letters = min(32, max(26, *(len(row[0]) for row in rows)))
+    left, step = 175 + 6.5 * (letters - 26), 24
     height = TOP + step * len(rows) + BOTTOM
     across = _axis(min(0.0, *(r[2] for r in rows)), max(1.0, *(r[3] for r in rows)), left, WIDTH - RIGHT)
     parts = [_x_axis(across[1], across[0], height - BOTTOM, x, share=True, middle=(left + WIDTH - RIGHT) / 2)]
     for number, (name, value, low, high) in enumerate(rows):
         y = TOP + step * (number + 0.5)
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(shortened(name, 26))}</text>')
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(shortened(name, letters))}</text>'
+        )
         parts.append(
             f'<g stroke="{LINES[0]}" fill="{LINES[0]}"><title>{escape(name)}: {_number(value, True)}, '
             f'{_number(low, True)} to {_number(high, True)}</title><line x1="{across[0](low):.1f}" y1="{y}" '
