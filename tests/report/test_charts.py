@@ -51,7 +51,11 @@ def test_intervals_of_points_stand_upright_side_by_side() -> None:
 
 
 def test_names_of_intervals_are_whole_up_to_a_width() -> None:
-    names = ["low-rank 0.002 small-pictures", "low-rank 0.0012 small-pictures", "a name that is longer than any picture"]
+    names = [
+        "low-rank 0.002 small-pictures",
+        "low-rank 0.0012 small-pictures",
+        "a name that is longer than any picture",
+    ]
     chart = intervals("Accuracy", [(name, 0.5, 0.4, 0.6) for name in names], x="accuracy")
     shown = re.findall(r'text-anchor="end">([^<]*)<', chart)
     assert shown[:2] == names[:2]
