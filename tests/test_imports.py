@@ -17,7 +17,6 @@ LEVELS = {
     "selection": 0.5,
     **dict.fromkeys(("gates", "scores", "fingerprint", "packing", "compiling"), 1),
     **dict.fromkeys(("folders", "yamlfile", "checkpoints", "shipped"), 1),
-    "scaled": 1.5,
     **dict.fromkeys(("linear", "targets"), 2),
     **dict.fromkeys(("tuner", "optim", "stepping", "measures", "whole"), 3),
     "methods": 3.5,
@@ -32,7 +31,7 @@ LEVELS = {
     "app": 11,
     "cli": 12,
 }
-PURE = ("gates", "selection", "scores", "scaled", "linear", "fingerprint", "packing", "compiling")
+PURE = ("gates", "selection", "scores", "linear", "fingerprint", "packing", "compiling")
 HOMES = {
     "peft": {"tuner"},
     "trl": {"trainer", "training"},

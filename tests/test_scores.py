@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -16,7 +14,6 @@ SOFT: list[Gate] = [Soft(0.9, 0.5), Normalized(0.9, 0.5), Centered(0.7)]
 HARD: list[Gate] = [Soft(0.9, straight_through=True), TopK(0.6), TopK(0.6, slices=(2, 3)), Threshold(0.6)]
 SHAPES = [(5, 7), (1, 1), (4, 4), (3, 5, 7)]
 SPOT = {"device": torch.device("cpu"), "dtype": torch.float64}
-FLOAT = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -93,56 +90,12 @@ def test_fast_and_plain_paths_agree(layout: Layout, gate: Gate) -> None:
     parameters = tuple(p.detach().float().requires_grad_() for p in scattered(layout))
     masks = [Mask(gate, parameters, layout)]
     fast, plain = masked_linear(x, weight, None, masks), plain_masked_linear(x, weight, None, masks)
-    if masks[0].scales:
-        torch.testing.assert_close(fast, plain)
-    else:
-        assert torch.equal(fast, plain)
+    assert torch.equal(fast, plain)
     for ours, theirs in zip(
         torch.autograd.grad(fast, [x, *parameters], dy), torch.autograd.grad(plain, [x, *parameters], dy), strict=True
     ):
         # sums of up to 35 products in another order
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("layout", [Row(), Column()], ids=repr)
-@pytest.mark.parametrize("bias", [None, torch.arange(50.0)], ids=["no bias", "bias"])
-def test_rows_and_columns_scale_what_goes_out_or_in(layout: Layout, bias: torch.Tensor | None) -> None:
-    x, weight, dy = torch.randn(2, 3, 70, requires_grad=True), torch.randn(50, 70), torch.randn(2, 3, 50)
-    (score,) = parameters = tuple(p.add_(0.1).requires_grad_() for p in layout.create(weight.shape, 1.0, **FLOAT))
-    masks = [Mask(Soft(0.9), parameters, layout)]
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = masked_linear(x, weight, bias, masks)
-    assert max(t.numel() for t in kept if t.untyped_storage().data_ptr() != weight.data_ptr()) <= x.numel()
-    plain = plain_masked_linear(x, weight, bias, masks)
-    torch.testing.assert_close(y, plain)
-    for ours, theirs in zip(
-        torch.autograd.grad(y, [x, score], dy), torch.autograd.grad(plain, [x, score], dy), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("layout", [Row(), Column()], ids=repr)
-def test_rows_and_columns_in_bfloat16_are_about_as_exact_as_a_masked_weight(layout: Layout) -> None:
-    x, weight, bias = (torch.randn(n).bfloat16() for n in ((40, 70), (50, 70), (50,)))
-    (score,) = layout.create(weight.shape, 0.5, **FLOAT)
-    mask = Mask(Soft(0.98), (score,), layout)
-    truth = plain_masked_linear(
-        x.double(), weight.double(), bias.double(), [replace(mask, parameters=(score.double(),))]
-    )
-    errors = [
-        (y.double() - truth).norm()
-        for y in (masked_linear(x, weight, bias, [mask]), plain_masked_linear(x, weight, bias, [mask]))
-    ]
-    assert errors[0] < 1.2 * errors[1]  # a rounding more, of the output
-
-
-@pytest.mark.parametrize("layout", [Row(), Column()], ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_and_columns_begin_at_the_frozen_layer(layout: Layout, dtype: torch.dtype) -> None:
-    x, weight, bias = (torch.randn(n).to(dtype) for n in ((40, 70), (50, 70), (50,)))
-    mask = Mask(Normalized(0.98), layout.create(weight.shape, 0.0, **FLOAT), layout)
-    assert torch.equal(masked_linear(x, weight, bias, [mask]), torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("gate", HARD, ids=repr)

@@ -18,8 +18,7 @@ topk, whose mask is made of |S|, sign(S) or, on request, the straight-through on
     matrix, the factor sign(S) and random starts follow the code of its predecessor, arXiv 2503.22764.
 
 All functions take offsets and weights of one shape, (..., out, in), and compute in the dtype of `offset`. A gate with
-`elementwise = True` looks at each entry alone, and may be compiled into one pass over the tensors; one with
-`by_score = True` looks at the score alone, so that entries with one score have one gate.
+`elementwise = True` looks at each entry alone, and may be compiled into one pass over the tensors.
 """
 
 from __future__ import annotations
@@ -70,7 +69,6 @@ class Soft:
     straight_through: bool = False
     identity_at_start = False
     elementwise = True
-    by_score = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return torch.sigmoid(offset / self.temperature + _logit(self.init_gate))
@@ -94,7 +92,6 @@ class Normalized:
     straight_through: bool = False
     identity_at_start = True
     elementwise = True
-    by_score = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         decay = torch.expm1(offset / -self.temperature)
@@ -116,7 +113,6 @@ class Centered:
     straight_through: bool = False
     identity_at_start = True
     elementwise = True
-    by_score = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:
         return torch.tanh(offset / (2 * self.temperature)).add_(1)
@@ -289,7 +285,6 @@ class Threshold:
     temperature: float = 1.0
     identity_at_start = True
     elementwise = True
-    by_score = True
     hard = True
 
     def value(self, offset: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from maskft.compiling import compiled
 from maskft.gates import AtLeast, Gate, TopK, TopKGlobal
 from maskft.packing import from_bits, to_bits
-from maskft.scaled import Gated, scaled_linear
 from maskft.scores import Dense, Layout, Parameters
 
 DENSE = Dense()
@@ -106,11 +105,6 @@ class Mask:
         return getattr(self.gate, "hard", False) and not self.elementwise
 
     @property
-    def scales(self) -> Literal["outputs", "inputs"] | None:
-        """Whether all it does is to scale outputs or inputs of the layer, as gates of rows and columns do."""
-        return getattr(self.layout, "scales", None) if getattr(self.gate, "by_score", False) else None
-
-    @property
     def fused(self) -> bool:
         """Whether the compiled code serves this mask."""
         return self.compiled and self.elementwise
@@ -121,13 +115,9 @@ class Mask:
 
     def offset(self, weight: Tensor) -> Tensor:
         """D, in the dtype to compute the gate in; not to be changed in place."""
-        return self.layout.offset(self.wide_parameters(weight), weight.shape)
-
-    def wide_parameters(self, weight: Tensor) -> Parameters:
-        """The scores in the dtype to compute the gate in."""
         dtypes = [parameter.dtype for parameter in self.parameters] + [weight.dtype]
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        return tuple(p.to(wide) for p in self.parameters)
+        return self.layout.offset(tuple(p.to(wide) for p in self.parameters), weight.shape)
 
     def gradients(self, offset: Tensor, weight: Tensor, m: Tensor | None, *dm: Tensor) -> list[Tensor]:
         """Gradients of the parameters; that of m, where it is known, is the product of the factors `dm`."""
@@ -154,8 +144,6 @@ def masked_linear(x: Tensor, weight: Weight, bias: Tensor | None, masks: Sequenc
         masked = masked_weight(weight, masks).to(x.dtype)
         return F.linear(x, _ordered(masked, weight) if isinstance(weight, Tensor) else masked, _like(bias, x))
     mask = masks[0]
-    if isinstance(weight, Tensor) and mask.scales:
-        return scaled_linear(x, weight, bias, mask.gate, mask.wide_parameters(weight)[0], mask.scales)
     y: Tensor = _MaskedLinear.apply(x, weight, bias, replace(mask, parameters=()), *mask.parameters)  # type: ignore[no-untyped-call]
     return y
 
@@ -164,13 +152,28 @@ def plain_masked_weight(weight: Tensor, masks: Sequence[Mask]) -> Tensor:
     """`masked_weight` by autograd alone."""
     product = weight
     for mask in masks:
-        product = Gated.apply(mask.offset(weight), weight, mask.gate) * product  # type: ignore[no-untyped-call]
+        product = _Gated.apply(mask.offset(weight), weight, mask.gate) * product  # type: ignore[no-untyped-call]
     return product
 
 
 def plain_masked_linear(x: Tensor, weight: Tensor, bias: Tensor | None, masks: Sequence[Mask]) -> Tensor:
     """`masked_linear` by autograd alone."""
     return F.linear(x, plain_masked_weight(weight, masks).to(x.dtype), _like(bias, x))
+
+
+class _Gated(torch.autograd.Function):
+    """m(D) whose derivative is the gate's own, exact or straight-through."""
+
+    @staticmethod
+    def forward(ctx: Any, offset: Tensor, weight: Tensor, gate: Gate) -> Tensor:
+        ctx.save_for_backward(offset, weight)
+        ctx.gate = gate
+        return gate.value(offset, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        offset, weight = ctx.saved_tensors
+        return grads[0] * ctx.gate.derivative(offset, weight), None, None
 
 
 class _Masked(torch.autograd.Function):

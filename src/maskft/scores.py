@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -91,7 +91,6 @@ class Row:
     """One score per output: whole rows of the matrix share their gate."""
 
     names = ("scores",)
-    scales: ClassVar[Literal["outputs"]] = "outputs"
 
     def create(self, shape: torch.Size, std: float, **placement: Any) -> Parameters:
         return (_normal(torch.Size([*shape[:-1], 1]), std, **placement),)
@@ -108,7 +107,6 @@ class Column:
     """One score per input: whole columns of the matrix share their gate."""
 
     names = ("scores",)
-    scales: ClassVar[Literal["inputs"]] = "inputs"
 
     def create(self, shape: torch.Size, std: float, **placement: Any) -> Parameters:
         return (_normal(torch.Size([*shape[:-2], 1, shape[-1]]), std, **placement),)
