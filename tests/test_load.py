@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import maskft.vlm.load
 from maskft.errors import MissingExtraError, ModelError, RecipeError
+from maskft.methods import LoraMethod
 from maskft.recipe import load_recipe
+from maskft.tuner import attach
 from maskft.vlm.load import load_model
 
 from .tuner.models import batch, tiny_llava
@@ -52,7 +54,8 @@ def test_the_language_model_is_quantised_and_nothing_else(folder: Path, quantiza
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
 def test_an_evaluation_leaves_weights_as_training_reads_them(folder: Path, quantization: str) -> None:
     """bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs, and computes no gradient from then on."""
-    model = load_model(str(folder), dtype="bfloat16", quantization=quantization)
+    base = load_model(str(folder), dtype="bfloat16", quantization=quantization)
+    model = attach(base, LoraMethod(name="lora").peer())
     weights = {name: p.data.clone() for name, p in model.named_parameters() if type(p).__name__ == "Params4bit"}
     with torch.no_grad():
         expected = model.train()(**batch(model)).logits

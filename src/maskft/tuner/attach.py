@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from maskft.errors import AdapterError, ModelError, UserError
 from maskft.tuner.config import MaskConfig
+from maskft.tuner.formats import keep_from_repacking
 from maskft.tuner.peers import Peer
 from maskft.tuner.settings import CONFIG, WEIGHTS, read_settings
 
@@ -42,6 +43,7 @@ def attach(model: Any, adapter: MaskConfig | Peer, *, whole: Sequence[str] = ())
     except (TypeError, ValueError) as error:  # PEFT's own complaints about targets
         what = "masks" if masks else config.peft_type.value
         raise ModelError(f"cannot put {what} on {type(model).__name__}: {error}") from error
+    keep_from_repacking(wrapped)  # evaluations in between would spoil the training of any adapter
     for module in wrapped.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()

@@ -13,7 +13,6 @@ from torch import nn
 
 from maskft.errors import MissingExtraError, ModelError
 from maskft.targets import find_weights
-from maskft.tuner.formats import keep_from_repacking
 from maskft.vlm.embedded import embedded_base
 
 _EMBEDDED = {"embedded": True, "embedded-unaligned": False}
@@ -87,7 +86,6 @@ def load_model(
         raise
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load '{base}' as an image-text-to-text model: {error}") from error
-    keep_from_repacking(model)
     return model.requires_grad_(False).eval()
 
 
