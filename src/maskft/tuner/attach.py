@@ -43,7 +43,8 @@ def attach(model: Any, adapter: MaskConfig | Peer, *, whole: Sequence[str] = ())
     except (TypeError, ValueError) as error:  # PEFT's own complaints about targets
         what = "masks" if masks else config.peft_type.value
         raise ModelError(f"cannot put {what} on {type(model).__name__}: {error}") from error
-    keep_from_repacking(wrapped)  # evaluations in between would spoil the training of any adapter
+    if not masks:  # which see to it by themselves, wherever they are put on
+        keep_from_repacking(wrapped)
     for module in wrapped.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
