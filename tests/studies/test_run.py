@@ -15,7 +15,7 @@ import pytest
 
 from maskft.errors import StudyError
 from maskft.studies import process
-from maskft.studies.results import final_loss, packed_outcomes, read_results
+from maskft.studies.results import Result, best, final_loss, packed_outcomes, read_results
 from maskft.studies.trial import portable
 from maskft.studies.work import Outcome, run_study
 from tests.studies.made import write_study
@@ -70,10 +70,38 @@ def test_tuning_chooses_on_validation(tuned: tuple[Path, Outcome]) -> None:
     trials = [r for r in outcome.results if r.stage == "tune"]
     assert {r.tuned["training.learning_rate"] for r in trials} == {0.01, 0.1}
     assert all(set(r.parts) == {"validation"} for r in trials)
-    best = max(trials, key=lambda r: (r.value("accuracy"), r.value("loss")))
-    assert outcome.tuned == {("soft", ""): best.tuned}
-    assert all(r.tuned == best.tuned for r in outcome.results if r.stage == "run" and r.variant == "soft")
+    chosen = trials[best(trials, "accuracy")].tuned
+    assert outcome.tuned == {("soft", ""): chosen}
+    assert all(r.tuned == chosen for r in outcome.results if r.stage == "run" and r.variant == "soft")
     assert all(r.recipe["training"].get("learning_rate") is None for r in outcome.results if r.variant == "centered")
+
+
+@pytest.mark.parametrize(
+    ("choose", "trials", "chosen"),
+    [
+        ("accuracy", [(0.800, 0.214), (0.798, 0.209), (0.642, 0.417)], 1),  # one question of 400 says nothing
+        ("accuracy", [(0.810, 0.228), (0.788, 0.222)], 0),  # a standard error is 0.0196
+        ("accuracy", [(0.788, 0.222), (0.795, 0.230), (0.810, 0.225)], 2),
+        ("accuracy", [(1.0, 0.3), (0.9975, 0.1)], 0),  # the best is certain of itself
+        ("accuracy", [(1.0, 0.3), (1.0, 0.1)], 1),
+        ("loss", [(0.800, 0.214), (0.642, 0.209)], 1),
+    ],
+)
+def test_what_few_questions_cannot_tell_apart_the_loss_does(
+    tuned: tuple[Path, Outcome], choose: str, trials: list[tuple[float, float]], chosen: int
+) -> None:
+    measured = next(result for result in tuned[1].results if result.stage == "tune")
+    assert best([with_outcome(measured, accuracy, loss) for accuracy, loss in trials], choose) == chosen
+
+
+def with_outcome(result: Result, accuracy: float, loss: float) -> Result:
+    """A result with that accuracy on 400 validation questions, and that training loss."""
+    part = result.parts["validation"]
+    score = part.tuned.model_copy(update={"accuracy": accuracy, "examples": 400})
+    training = result.training.model_copy(update={"final_loss": loss})
+    return result.model_copy(
+        update={"parts": {"validation": part.model_copy(update={"tuned": score})}, "training": training}
+    )
 
 
 def test_only_chosen_runs_answer_the_test(tuned: tuple[Path, Outcome]) -> None:

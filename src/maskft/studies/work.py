@@ -28,7 +28,7 @@ from maskft.studies.definition import (
 from maskft.studies.known import differing, read_known, result_of
 from maskft.studies.process import POLL, Processes, last_words, terminable
 from maskft.studies.queue import CELL, ERROR, HEARTBEAT, RESULT, Queue, open_queues, should_prune, storage_at, suggest
-from maskft.studies.results import Result, chosen_settings, identity, write_named
+from maskft.studies.results import Result, best, chosen_settings, identity, write_named
 from maskft.studies.sections import Settings, watching
 from maskft.studies.toy import toy_base
 from maskft.studies.trial import OUTPUT, PAUSED, Job, portable
@@ -144,8 +144,9 @@ class Worker:
                 raise StudyError(f"no trial of tuning {place} came to its end. The first error: {first}")
             if errors:
                 logger.warning("%d trials of tuning %s failed. The first error: %s", len(errors), place, errors[0])
-            chosen[group] = dict(max(done, key=_merit).params)
-            self.tuning += [_result(trial) for trial in done]
+            results = [_result(trial) for trial in done]
+            chosen[group] = dict(done[best(results, self.study.measure.choose)].params)
+            self.tuning += results
         if self.study.tune is not None and (only := self.study.tune.data) is not None:
             chosen = {(variant, name): chosen[variant, only] for variant, _ in chosen for name in self.study.data}
         return chosen
@@ -335,11 +336,6 @@ def run_study(
     for result in outcome.results:
         write_named(output / RESULTS, result)
     return outcome
-
-
-def _merit(trial: Any) -> tuple[float, float]:
-    """What a tuned value is chosen by; the final loss decides between equals."""
-    return trial.value, _result(trial).value("loss")
 
 
 def _result(trial: Any) -> Result:
