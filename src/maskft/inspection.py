@@ -114,7 +114,7 @@ def _files(recipe: Recipe) -> dict[str, Path]:
 def _parts(recipe: Recipe, files: dict[str, Path]) -> dict[str, Iterator[Record]]:
     data = recipe.data
     if isinstance(data, EasyVqaData):
-        demo = load_easy_vqa(data.part, limits=data.limits, seed=data.seed, turns=data.turns)
+        demo = load_easy_vqa(data.part, limits=data.limits, seed=data.seed, turns=data.turns, balanced=data.balanced)
         return {name: (Record(row["origin"], None, row) for row in rows) for name, rows in demo.items()}
     for path in files.values():
         image_folder(path, data.image_root)  # so that a missing file shows before another is read for hours

@@ -75,6 +75,8 @@ class EasyVqaData(_Data):
     part: Literal["vqa", "captions"] = "vqa"
     limits: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     """At most so many rows of a split, drawn with `seed`."""
+    balanced: bool = False
+    """As many questions of one form with the answer yes as with no."""
     seed: int = 0
 
 

@@ -154,7 +154,7 @@ def _all(recipe: Recipe) -> dict[str, Any]:
 def _whole_data(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
     if isinstance(data, EasyVqaData):
-        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed, turns=data.turns)
+        return load_easy_vqa(data.part, limits=data.limits, seed=data.seed, turns=data.turns, balanced=data.balanced)
     split = data.split
     for name in ("validation", "test"):
         if getattr(data, name) is not None and getattr(split, name) > 0:

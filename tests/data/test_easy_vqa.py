@@ -1,13 +1,18 @@
 import re
 import sys
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
+from maskft import inspection
 from maskft.data import FEATURES, answer, check, leaked_images, load_easy_vqa, open_image, prompt
 from maskft.data import easy_vqa as module
+from maskft.data.easy_vqa import COLORS, SHAPES, questions_of
 from maskft.errors import DataError, MissingExtraError
+from maskft.recipe import Recipe
+from maskft.runs import load_data
 
 RGB = {
     "black": (0, 0, 0),
@@ -98,6 +103,32 @@ def test_limits_and_seed(vqa: dict[str, Dataset]) -> None:
     other = load_easy_vqa("vqa", limits={"train": 20, "validation": 1, "test": 5}, seed=1)
     assert other["train"]["id"][:] != few["train"]["id"][:]
     assert other["test"]["id"][:] != few["test"]["id"][:]
+
+
+def test_balanced_questions_are_not_answered_by_their_form(vqa: dict[str, Dataset]) -> None:
+    balanced = load_easy_vqa("vqa", balanced=True)
+    assert sizes(balanced) == {"train": 8256, "validation": 2052, "test": 5029}
+    for part, rows in balanced.items():
+        forms: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in rows:
+            ((question, said),) = questions_of(row)
+            if said in ("yes", "no"):
+                forms[re.sub("|".join((*SHAPES, *COLORS)), "", question)][said] += 1
+        assert len(forms) == 16
+        assert all(answers["yes"] == answers["no"] > 0 for answers in forms.values())
+        asked = [row["id"] for row in vqa[part] if questions_of(row)[0][1] not in ("yes", "no")]
+        assert set(asked) < set(rows["id"]) < set(vqa[part]["id"])
+    assert load_easy_vqa("vqa", balanced=True)["test"]["id"][:] == balanced["test"]["id"][:]
+    assert load_easy_vqa("vqa", balanced=True, seed=1)["test"]["id"][:] != balanced["test"]["id"][:]
+
+
+def test_a_recipe_asks_for_balanced_questions() -> None:
+    limits = {"train": 5, "validation": 2, "test": 40}
+    recipe = Recipe.model_validate({"data": {"kind": "easy-vqa", "balanced": True, "limits": limits}})
+    wanted = load_easy_vqa("vqa", limits=limits, balanced=True)
+    assert load_data(recipe)["test"]["id"][:] == wanted["test"]["id"][:]
+    scanned = {row.row["id"] for row in inspection._parts(recipe, {})["test"]}
+    assert scanned == set(wanted["test"]["id"])
 
 
 @pytest.mark.parametrize(

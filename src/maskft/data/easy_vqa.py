@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -26,6 +27,7 @@ INSTRUCTION = "\nAnswer the question using a single word or phrase."
 DESCRIBE = "Describe the image briefly."
 _CAPTIONS_END, _VALIDATION_START = 2000, 3600
 _WORD = re.compile(r"[a-z]+")
+_NAME = re.compile("|".join(SHAPES + COLORS))
 
 Part = Literal["vqa", "captions"]
 
@@ -46,7 +48,7 @@ class _Entry(NamedTuple):
 
 
 def load_easy_vqa(
-    part: Part, *, limits: Mapping[str, int] | None = None, seed: int = 0, turns: int = 1
+    part: Part, *, limits: Mapping[str, int] | None = None, seed: int = 0, turns: int = 1, balanced: bool = False
 ) -> dict[str, Dataset]:
     """Return canonical datasets "train", "validation" and "test".
 
@@ -58,6 +60,10 @@ def load_easy_vqa(
     `turns` questions about an image make one training conversation of vqa, as in LLaVA's data; the instruction stands
     in its first turn. Held-out rows have one question each. `limits` gives the most rows per split. Which rows these
     are, and the order of training rows, is a shuffle by `seed`; rows of the other splits keep the package's order.
+
+    `balanced` keeps as many questions of vqa with the answer yes as with no, among those of one form ("Is there a
+    {color} shape?"), drawn by `seed`: of all there are, one answer to a form is right for 57 to 90 %, and models learn
+    that answer without looking. Questions of what there is are all kept.
 
     Raises MissingExtraError without the package, DataError for an unknown part or bad limits.
     """
@@ -76,6 +82,8 @@ def load_easy_vqa(
     result = {}
     for split, (source, ids) in splits.items():
         entries = _entries(part, source, ids)
+        if balanced:
+            entries = _balanced(source, entries, f"{seed}:{split}:balanced")
         if split == "train" and turns > 1 and part == "vqa":
             entries = _conversations(entries, turns, seed)
         order = list(range(len(entries)))
@@ -153,6 +161,24 @@ def _entries(part: Part, source: _Source, images: Sequence[int]) -> list[_Entry]
     if part == "captions":
         return [_Entry(image, ()) for image in images if _caption(source, image) is not None]
     return [_Entry(image, (number,)) for image in images for number in range(len(source.questions.get(image, [])))]
+
+
+def _balanced(source: _Source, entries: Sequence[_Entry], seed: str) -> list[_Entry]:
+    """As many entries of each form of question with one answer, yes or no, as with the other, in their order."""
+    answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"yes": [], "no": []})
+    kept = []
+    for place, (image, asked) in enumerate(entries):
+        _, question, answer = source.questions[image][asked[0]] if asked else (0, "", "")
+        if answer in ("yes", "no"):
+            answers[_NAME.sub("", question)][answer].append(place)
+        else:
+            kept.append(place)
+    draw = random.Random(seed)
+    for form in answers.values():
+        few = min(map(len, form.values()))
+        for places in form.values():
+            kept += draw.sample(places, few)
+    return [entries[place] for place in sorted(kept)]
 
 
 def _conversations(entries: Sequence[_Entry], turns: int, seed: int) -> list[_Entry]:
