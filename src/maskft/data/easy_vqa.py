@@ -82,7 +82,7 @@ def load_easy_vqa(
     result = {}
     for split, (source, ids) in splits.items():
         entries = _entries(part, source, ids)
-        if balanced:
+        if balanced and part == "vqa":
             entries = _balanced(source, entries, f"{seed}:{split}:balanced")
         if split == "train" and turns > 1 and part == "vqa":
             entries = _conversations(entries, turns, seed)
@@ -168,7 +168,7 @@ def _balanced(source: _Source, entries: Sequence[_Entry], seed: str) -> list[_En
     answers: dict[str, dict[str, list[int]]] = defaultdict(lambda: {"yes": [], "no": []})
     kept = []
     for place, (image, asked) in enumerate(entries):
-        _, question, answer = source.questions[image][asked[0]] if asked else (0, "", "")
+        _, question, answer = source.questions[image][asked[0]]
         if answer in ("yes", "no"):
             answers[_NAME.sub("", question)][answer].append(place)
         else:
