@@ -12,6 +12,7 @@ from maskft.evaluation.metrics import (
     Accuracy,
     accuracy,
     anls,
+    answer_type,
     blind_guesses,
     choice,
     exact,
@@ -56,6 +57,14 @@ def test_wilson_interval_holds_the_share_and_stays_within_bounds(examples: int, 
 
 def test_zero_z_gives_the_share_itself() -> None:
     assert wilson_interval(3, 4, z=0.0) == (0.75, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [("Yes.", "yes/no"), (" no ", "yes/no"), ("12", "number"), ("12 cats", "other"), ("none", "other"), ("", "other")],
+)
+def test_answer_type(truth: str, expected: str) -> None:
+    assert answer_type(truth) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from maskft.report.study_found import numbers
+from maskft.studies.results import Result
 from tests.studies.test_pages import line, pages, result
 
 
@@ -31,6 +32,26 @@ def test_means_and_spread_over_seeds(tmp_path: Path) -> None:
     assert line(section, "| b ") == ["b", "0.05", "0 of 1"]
     assert "The same in all runs: tokens 4,080." in section
     assert "Not done of 1 runs: the run has no text." in section
+
+
+def test_accuracy_by_type_of_answer(tmp_path: Path) -> None:
+    def typed(variant: str, seed: int, types: str | None) -> Result:
+        made = result(variant, seed)  # its first three questions of four are right
+        return made.model_copy(
+            update={"parts": {"test": made.parts["test"].model_copy(update={"answer_types": types})}}
+        )
+
+    page = pages(tmp_path, [typed("a", 0, "yyoo"), typed("a", 1, "yyoo"), typed("b", 0, None)])["s.md"]
+    section = page.partition("## By type of answer")[2]
+    assert line(section, "| runs") == ["runs", "other, 2 questions", "yes/no, 2 questions"]
+    assert line(section, "| a ") == ["a", "50.0 %", "100.0 %"]
+    assert line(section, "| b ") == ["b", "not run", "not run"]
+
+
+def test_one_type_of_answer_needs_no_table(tmp_path: Path) -> None:
+    made = result("a", 0)
+    only = made.model_copy(update={"parts": {"test": made.parts["test"].model_copy(update={"answer_types": "oooo"})}})
+    assert "By type" not in pages(tmp_path, [only])["s.md"]
 
 
 def test_lines_without_results_are_not_run(tmp_path: Path) -> None:

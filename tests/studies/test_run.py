@@ -116,6 +116,9 @@ def test_a_result_says_what_was_measured_with_what(tuned: tuple[Path, Outcome]) 
     validation, training = result.parts["validation"], result.training
     assert validation.tuned.examples == len(validation.outcomes) == 3
     assert validation.tuned.correct == sum(validation.scores())
+    assert validation.answer_types is not None
+    assert set(validation.answer_types) <= set("yno")
+    assert len(validation.answer_types) == 3
     assert result.parts["train"].tuned.examples == 4
     assert training.steps == 2
     assert training.final_loss == [entry["loss"] for entry in result.log if "loss" in entry][1]

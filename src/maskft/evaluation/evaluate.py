@@ -12,7 +12,7 @@ from maskft.data import answer, image_key, leaked_images, prompt, read
 from maskft.data.schema import text_of
 from maskft.errors import DataError, RunError, gathered
 from maskft.evaluation.generation import Progress, generate_answers
-from maskft.evaluation.metrics import METRICS, accuracy, blind_guesses, option_letter
+from maskft.evaluation.metrics import METRICS, accuracy, answer_type, blind_guesses, option_letter
 from maskft.runs import LoadedRun, load_run, update_metrics, write_atomically
 
 
@@ -113,6 +113,11 @@ def scored(metric: str, answers: Iterable[str], records: Iterable[Mapping[str, A
     """Score in [0, 1] of each answer against its record's references: `answers`, or else `truth` alone."""
     score = METRICS[metric]
     return [score(said, r.get("answers") or [r["truth"]]) for said, r in zip(answers, records, strict=True)]
+
+
+def answer_types(records: Iterable[Mapping[str, Any]]) -> str:
+    """First letter of each truth's `maskft.evaluation.metrics.answer_type`, in order."""
+    return "".join(answer_type(record["truth"])[0] for record in records)
 
 
 def image_groups(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from maskft.evaluation.benchmarks.vqa_text import normalise as vqa_text
 from maskft.evaluation.resampling import bootstrap_interval
@@ -73,6 +74,14 @@ def blind_guesses(train_questions: Sequence[str], train_answers: Sequence[str], 
         by_question.setdefault(question, Counter())[answer] += 1
     overall = Counter(train_answers).most_common(1)[0][0]
     return [by_question[q].most_common(1)[0][0] if q in by_question else overall for q in questions]
+
+
+def answer_type(truth: str) -> Literal["yes/no", "number", "other"]:
+    """The type of an answer, of those that VQA v2 tells apart: what is learnt of one need not be learnt of another."""
+    plain = _plain(truth)
+    if plain in ("yes", "no"):
+        return "yes/no"
+    return "number" if plain.isdecimal() else "other"
 
 
 def exact_match(answer: str, truth: str) -> bool:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from maskft.report.study_rows import NOT_RUN, Row, shown, table
+from maskft.report.study_rows import NOT_RUN, Row, judged, shown, table
 from maskft.studies.after import NOT_DONE
 from maskft.studies.definition import Study
 
 Numbers = dict[str, float]
+_TYPES = {"y": "yes/no", "n": "number", "o": "other"}
 
 
 def numbers(found: Any) -> Numbers:
@@ -31,6 +32,44 @@ def found_in_runs(study: Study, found: Sequence[Row]) -> list[str]:
         if section:
             lines += [f"## {name.capitalize()}", "", *section, ""]
     return lines
+
+
+def by_answer_type(study: Study, found: Sequence[Row]) -> list[str]:
+    """A section of mean accuracies by type of answer, of the data sets that have more than one type.
+
+    Args:
+        found: all lines of the study.
+
+    Returns:
+        Its lines; none where no data set is known to have several types.
+    """
+    methods: dict[str, dict[str, Row]] = {}
+    columns: dict[tuple[str, str], str] = {}
+    for row in found:
+        name = " ".join([row.cell.variant, *map(shown, row.cell.settings.values())])
+        methods.setdefault(name, {})[row.cell.data] = row
+        types = next((part.answer_types for part in judged(row) if part.answer_types), "")
+        for letter in sorted(set(types)) if len(set(types)) > 1 else ():
+            title = " ".join(filter(None, (row.cell.data, _TYPES[letter])))
+            columns[row.cell.data, letter] = f"{title}, {types.count(letter):,} questions"
+    if not columns:
+        return []
+    lines = [
+        [name, *(_of_type(own.get(data), letter) for data, letter in columns)]
+        for name, own in methods.items()
+        if any(row.results for row in own.values())
+    ]
+    return ["## By type of answer", "", *table(["runs", *columns.values()], lines), "", "Mean accuracy over runs.", ""]
+
+
+def _of_type(row: Row | None, letter: str) -> str:
+    """Mean accuracy of the questions of one type, over the runs whose types are known."""
+    known = [part for part in judged(row) if part.answer_types] if row else []
+    right = [
+        statistics.fmean(s for s, t in zip(part.scores(), part.answer_types or "", strict=True) if t == letter)
+        for part in known
+    ]
+    return f"{100 * statistics.fmean(right):.1f} %" if right else NOT_RUN
 
 
 def between_seeds(across: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -22,7 +22,7 @@ from markupsafe import Markup, escape
 from maskft.errors import StudyError
 from maskft.recipe import MaskMethod, Recipe, method_settings
 from maskft.report.charts import WIDTH, intervals, line_chart, line_style
-from maskft.report.study_found import at_paper_scale, between_seeds, found_in_runs
+from maskft.report.study_found import at_paper_scale, between_seeds, by_answer_type, found_in_runs
 from maskft.report.study_rows import (
     NOT_RUN,
     Row,
@@ -67,6 +67,7 @@ def page(
     lines += [*_table(study, found), ""]
     if picture(study, found):
         lines += [f"![{study.title}]({name}.svg)", ""]
+    lines += by_answer_type(study, found)
     if across:
         lines += ["## Between seeds", "", *between_seeds(across), ""]
     lines += found_in_runs(study, found)

@@ -40,6 +40,8 @@ class Part(_Record):
     blind: Score
     outcomes: str
     """Score of each question's tuned answer, in order: digits where all are 0 or 1, else numbers with spaces."""
+    answer_types: str | None = None
+    """The type of each question's truth, in the same order, where it is known: "y" yes or no, "n" number, "o" other."""
 
     def scores(self) -> list[float]:
         """`outcomes` as numbers."""

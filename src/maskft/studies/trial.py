@@ -178,7 +178,7 @@ def _answered(job: Job, run: Path, data: Mapping[str, Any]) -> dict[str, Part]:
 def _scored(loaded: LoadedRun, part: str, limit: int | None, shared: Path) -> Part:
     """Answers of a part, scored. The base's answers are kept for the other trials."""
     from maskft.evaluation import evaluate_run
-    from maskft.evaluation.evaluate import scored
+    from maskft.evaluation.evaluate import answer_types, scored
 
     if limit is not None and limit >= len(loaded.asked[part]):
         limit = None  # all of them, which is a result of the run's own
@@ -187,9 +187,9 @@ def _scored(loaded: LoadedRun, part: str, limit: int | None, shared: Path) -> Pa
     scores, records = evaluate_run(loaded, split=part, limit=limit, base_answers=before)
     if before is None:
         write_json(known, [record["base"] for record in records])
-    outcomes = scored(scores["metric"], [record["tuned"] for record in records], records)
+    outcomes = packed_outcomes(scored(scores["metric"], [record["tuned"] for record in records], records))
     tuned, base, blind = (Score(**scores[name]) for name in ("tuned", "base", "blind"))
-    return Part(tuned=tuned, base=base, blind=blind, outcomes=packed_outcomes(outcomes))
+    return Part(tuned=tuned, base=base, blind=blind, outcomes=outcomes, answer_types=answer_types(records))
 
 
 def _data_fingerprint(recipe: Recipe, data: Mapping[str, Any], shared: Path) -> str:
