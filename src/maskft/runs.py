@@ -6,8 +6,8 @@ checkpoints/checkpoint-N/   for resuming
 adapter_model.safetensors   the result (others after stage 1 and full fine-tuning: maskft.learnt)
 adapter_config.json
 log.json                    the training log, one entry a logging step
-metrics.json                train, and after `maskft evaluate`: metric, base, tuned, blind, test_examples (those
-                                of another split under its name)
+metrics.json                train, and after `maskft evaluate`: metric, base, tuned, blind, test_examples,
+                                by_answer_type (those of another split under its name)
 answers-<split>.jsonl       every test question with both answers
 """
 

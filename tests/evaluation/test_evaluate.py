@@ -13,7 +13,7 @@ from PIL import Image
 
 import maskft.evaluation.evaluate as module
 from maskft.errors import DataError, RunError
-from maskft.evaluation.evaluate import evaluate_run, image_groups
+from maskft.evaluation.evaluate import answer_types, evaluate_run, image_groups
 from maskft.recipe import load_recipe
 from maskft.runs import LoadedRun
 
@@ -75,6 +75,19 @@ def test_scores_and_records(evaluate) -> None:
     assert records[0]["group"] == records[1]["group"] != records[2]["group"]  # equal files under two names
     assert [r.get("answers") for r in records] == [None, ["red car", "car"], None, None]
     assert len(set(image_groups(records))) == 3
+
+
+def test_scores_by_type_of_answer(evaluate) -> None:
+    scores, records, _ = evaluate(ROWS, ["no"] * 3 + ["yes"], ["Red.", "CAR", "red", "no"])
+    found = scores["by_answer_type"]
+    assert list(found) == ["other", "yes/no"]
+    assert [found[kind]["tuned"]["examples"] for kind in found] == [3, 1]
+    assert [found[kind][side]["correct"] for kind in found for side in ("base", "blind", "tuned")] == [0, 1, 2, 1, 0, 0]
+    assert answer_types(records) == "oooy"
+
+
+def test_one_type_of_answer_has_no_scores_of_its_own(evaluate) -> None:
+    assert "by_answer_type" not in evaluate(ROWS[:3], ["no"] * 3, ["red"] * 3)[0]
 
 
 def test_graded_metrics(evaluate) -> None:

@@ -12,8 +12,9 @@ import pytest
 from maskft.errors import RunError
 from maskft.report.gather import gather, short_names
 from maskft.report.page import render, write_report
+from maskft.runs import write_json
 
-from .made import HOSTILE, make_run
+from .made import HOSTILE, make_run, metrics, score
 
 VOID = {"meta", "img", "br", "link", "input"}
 
@@ -112,6 +113,19 @@ def test_pictures_have_words_and_data(run: Path) -> None:
     identifiers = [a["id"] for _, a in shown.elements if "id" in a]
     assert len(set(identifiers)) == len(identifiers)
     assert {(a["href"] or "").removeprefix("#") for a in shown.all("a")} == set(identifiers)
+
+
+def test_scores_by_type_of_answer(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    found = metrics(0)
+    sides = {"base": score(1, 4), "blind": score(3, 4), "tuned": score(3, 4)}
+    write_json(run / "metrics.json", {**found, "by_answer_type": {"yes/no": sides, "other": sides}})
+    shown = page(run)
+    labels = [a["aria-label"] or "" for a in shown.all("svg") if a.get("class") == "chart"]
+    assert sum("of yes/no answers" in label or "of other answers" in label for label in labels) == 2
+    assert "Score where the answer is yes or no, on the test questions" in shown.text
+    assert "Score where the answer is anything else, on the test questions" in shown.text
+    assert "3 of 4" in shown.text
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

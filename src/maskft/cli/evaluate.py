@@ -130,6 +130,8 @@ def _held_out(
     console = result_console(as_json)
     asked = "questions of the data" if data else "training questions" if split == "train" else "held-out questions"
     console.print(_score_table(scores, f"{len(records)} {asked}", read_metrics(folder)["train"]))
+    if "by_answer_type" in scores:
+        console.print(_type_table(scores["by_answer_type"]))
     if show:
         console.print(_answer_table(records, show))
     if limit is None:
@@ -154,6 +156,17 @@ def _score_table(scores: dict[str, Any], asked: str, trained: dict[str, Any]) ->
         score = scores[name.split()[0]]
         interval = f"{percent(score['low'])} to {percent(score['high'])}"
         table.add_row(name, percent(score["accuracy"]), interval, trainable, seconds)
+    return table
+
+
+def _type_table(by_type: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """What is known of one type of answer need not be known of another."""
+    table = Table(title="by type of answer")
+    for column in ("answer", "questions", "base", "blind guess", "tuned"):
+        table.add_column(column, justify="left" if column == "answer" else "right")
+    for kind, found in by_type.items():
+        shares = (percent(found[side]["accuracy"]) for side in ("base", "blind", "tuned"))
+        table.add_row(kind, str(found["tuned"]["examples"]), *shares)
     return table
 
 

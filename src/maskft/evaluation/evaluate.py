@@ -27,9 +27,10 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answer every held-out question with the base and the tuned model.
 
-    Writes `answers-<name>.jsonl` (`answers_name`), and for the test split the entries metric, base, tuned, blind and
-    test_examples of metrics.json; else one entry: the name of the split, or "answers-<name>" for training and data of
-    one's own. With a limit nothing is written, so that a quick look never takes the place of a result.
+    Writes `answers-<name>.jsonl` (`answers_name`), and for the test split the entries metric, base, tuned, blind,
+    test_examples and, where answers are of several types, by_answer_type of metrics.json; else one entry: the name of
+    the split, or "answers-<name>" for training and data of one's own. With a limit nothing is written, so that a quick
+    look never takes the place of a result.
 
     Args:
         run: a finished run's folder, or the run in memory.
@@ -84,12 +85,15 @@ def evaluate_run(
         [record["question"] for record in records],
     )
     said = {"base": base_answers, "tuned": tuned_answers, "blind": guesses}
-    groups = image_groups(records)
+    groups, types = image_groups(records), [answer_type(record["truth"]) for record in records]
+    outcomes = {name: scored(settings.metric, answers, records) for name, answers in said.items()}
     scores: dict[str, Any] = {
         "metric": settings.metric,
-        **{name: asdict(accuracy(scored(settings.metric, answers, records), groups)) for name, answers in said.items()},
+        **{name: asdict(accuracy(found, groups)) for name, found in outcomes.items()},
         f"{split if given is None else 'data'}_examples": len(rows),
     }
+    if len(set(types)) > 1:
+        scores["by_answer_type"] = {kind: _of_type(outcomes, groups, types, kind) for kind in sorted(set(types))}
     if given is not None:
         scores |= {"data": str(data), "images_of_training": leaked_images(train_rows, given)}
     if limit is not None:
@@ -113,6 +117,16 @@ def scored(metric: str, answers: Iterable[str], records: Iterable[Mapping[str, A
     """Score in [0, 1] of each answer against its record's references: `answers`, or else `truth` alone."""
     score = METRICS[metric]
     return [score(said, r.get("answers") or [r["truth"]]) for said, r in zip(answers, records, strict=True)]
+
+
+def _of_type(
+    outcomes: Mapping[str, Sequence[float]], groups: Sequence[str], types: Sequence[str], kind: str
+) -> dict[str, dict[str, Any]]:
+    """Each side's `Accuracy` over the questions whose answers are of one type."""
+    own = [i for i, one in enumerate(types) if one == kind]
+    return {
+        name: asdict(accuracy([found[i] for i in own], [groups[i] for i in own])) for name, found in outcomes.items()
+    }
 
 
 def answer_types(records: Iterable[Mapping[str, Any]]) -> str:

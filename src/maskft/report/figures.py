@@ -39,10 +39,33 @@ class Figure:
 
 def results(runs: Sequence[RunView]) -> Figure | None:
     """Scores on the held-out questions with their 95 % intervals."""
+    return _scores(runs, [_found(run) for run in runs], "Score on the {} questions", "Mean score with 95 % intervals")
+
+
+def results_by_type(runs: Sequence[RunView]) -> list[Figure]:
+    """As `results`, for each type of answer; none where all answers are of one type."""
+    by_type = [_found(run).get("by_answer_type", {}) for run in runs]
+    kinds = sorted({kind for found in by_type for kind in found})
+    title = "Score where the answer is {}, on the {{}} questions"
+    words = {"yes/no": "yes or no", "number": "a number", "other": "anything else"}
+    made = (
+        _scores(runs, [f.get(kind, {}) for f in by_type], title.format(words[kind]), f"Mean score of {kind} answers")
+        for kind in kinds
+    )
+    return [figure for figure in made if figure]
+
+
+def _found(run: RunView) -> dict[str, Any]:
+    """What the run's metrics say of its held-out questions."""
+    found: dict[str, Any] = run.metrics if run.split == "test" else run.metrics.get(run.split, {})
+    return found
+
+
+def _scores(runs: Sequence[RunView], scores: Sequence[dict[str, Any]], title: str, chart: str) -> Figure | None:
+    """Scores of each run's base, guess and model as a figure; `title` has a place for the split."""
     bars, rows = [], []
     seen: list[dict[str, Any]] = []  # runs of one base share its score
-    for run in runs:
-        found = run.metrics if run.split == "test" else run.metrics.get(run.split, {})
+    for run, found in zip(runs, scores, strict=True):
         for side in ("base", "blind", "tuned"):
             if side not in found or (side != "tuned" and found[side] in seen):
                 continue
@@ -61,9 +84,9 @@ def results(runs: Sequence[RunView]) -> Figure | None:
     split = "/".join(sorted({run.split for run in runs if run.metrics}))
     columns = ("run", "answers of", "mean score", "low", "high", "interval over", "fully right")
     return Figure(
-        f"Score on the {split} questions",
+        title.format(split),
         "Mean score with its 95 % interval. The guess answers each question as it was answered most often in training.",
-        charts.intervals("Mean score with 95 % intervals", bars, x="mean score"),
+        charts.intervals(chart, bars, x="mean score"),
         columns,
         rows,
     )

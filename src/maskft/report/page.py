@@ -55,6 +55,7 @@ def render(runs: Sequence[RunView]) -> str:
         style=Markup(_TEMPLATES.get_template("style.css").render()),
         runs=[_run(run, each) for run in runs],
         result=figures.results(runs),
+        by_type=figures.results_by_type(runs),
         learning=figures.learning(runs),
         drifts=[*figures.drifts(runs), *(_by_module(runs[0]) if len(runs) == 1 else [])],
         overlap=overlap,
