@@ -102,12 +102,15 @@ def test_a_limited_evaluation_writes_nothing(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (run / "metrics.json").read_bytes()
-    monkeypatch.setattr("sys.argv", ["maskft", "evaluate", str(run), "--split", "validation", "--limit", "4"])
+    monkeypatch.setattr("sys.argv", ["maskft", "evaluate", str(run), "--split", "validation", "--limit", "7"])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code in (0, None)
     shown = capsys.readouterr().out
-    assert "exact match on 4 held-out questions" in shown
+    assert "exact match on 7 held-out questions" in shown
+    by_type = shown.partition("by type of answer")[2].partition("some of the questions")[0]
+    assert "yes/no" in by_type
+    assert "other" in by_type
     assert "nothing was written" in shown
     assert (run / "metrics.json").read_bytes() == before
     assert not (run / "answers-validation.jsonl").exists()
