@@ -281,7 +281,8 @@ def _record(made: Sequence[Result], tuning: Sequence[Result]) -> list[str]:
     where = f"on {', '.join(machines)}; commit {', '.join(commits)}; {versions}."
     lines = [f"{len(made)} runs{tuned}, {hours:.1f} hours in all, {where}"]
     if scores:
-        lines.append(f"The base without training: {'; '.join(scores)} (of the first run's data).")
+        data = f", {made[0].data}" if made[0].data else ""
+        lines.append(f"The base without training: {'; '.join(scores)} (of the first run's data{data}).")
     return lines
 
 
